@@ -1,0 +1,37 @@
+"""Type-check the package as it is installed: link the package map of pyproject.toml into one tree."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+TREE = ROOT / ".build" / "types"
+
+
+def link_package_map() -> None:
+    """Rebuild the tree in which every mapped package stands where it is imported from."""
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    shutil.rmtree(TREE, ignore_errors=True)
+    for package in sorted(setuptools["packages"]):
+        source = ROOT / setuptools["package-dir"].get(package, package.replace(".", "/"))
+        target = TREE / package.replace(".", "/")
+        target.mkdir(parents=True, exist_ok=True)
+        for file in sorted([*source.glob("*.py"), *source.glob("py.typed")]):
+            (target / file.name).symlink_to(file)
+
+
+def main() -> int:
+    """Run mypy on the tree, with any further arguments."""
+    link_package_map()
+    command = [sys.executable, "-m", "mypy", "--cache-dir", str(ROOT / ".mypy_cache")]
+    arguments = sys.argv[1:] or ["-p", "retrofit"]
+    environment = {**os.environ, "MYPYPATH": str(TREE)}
+    config = ["--config-file", str(ROOT / "pyproject.toml")]
+    return subprocess.run([*command, *config, *arguments], cwd=TREE, env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""Select the key blocks worth visiting from pooled scores."""

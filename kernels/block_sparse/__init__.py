@@ -1,0 +1,1 @@
+"""Attention over a list of key blocks per query block."""

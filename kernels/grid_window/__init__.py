@@ -1,0 +1,1 @@
+"""Attention in windows of a token grid."""

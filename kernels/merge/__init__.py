@@ -1,0 +1,1 @@
+"""Combine partial attention results by their log-sum-exp."""

@@ -1,0 +1,1 @@
+"""Networks that are neither in transformers nor in diffusers."""

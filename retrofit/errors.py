@@ -1,0 +1,65 @@
+"""What can go wrong, as one line for the person who typed the command.
+
+Every message reads `where: what was expected, got what. What to do.`
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class RetrofitError(Exception):
+    """Something failed while working (exit code 1): NaN, a full disk, a proof that does not hold."""
+
+    exit_code = 1
+
+
+class InputError(RetrofitError):
+    """What was asked for is wrong (exit code 2): nothing was changed and nothing written."""
+
+    exit_code = 2
+
+
+class ConfigError(InputError):
+    """A method's or recipe's parameters are not valid; the message lists every one of them."""
+
+
+class NotFoundError(InputError):
+    """A model, method, recipe, component or site of that name does not exist."""
+
+
+class UnsupportedError(InputError):
+    """The model, the method and the request do not fit each other."""
+
+
+class GridError(InputError):
+    """The tokens that arrived are not the tokens of the site's grid."""
+
+
+class AlreadyPatchedError(InputError):
+    """The model carries a patch already; the message names its owner."""
+
+
+class CheckpointError(InputError):
+    """A checkpoint is missing, incomplete, corrupt, or not what its record says."""
+
+
+class InterceptionError(RetrofitError):
+    """A patched module ran without reaching the call that was to be replaced."""
+
+
+class VerificationError(RetrofitError):
+    """A patched checkpoint does not reproduce its recorded proof."""
+
+
+class NonFiniteError(RetrofitError):
+    """NaN or infinity came out of a patched model; the message names the site and the step."""
+
+
+def suggest(name: str, choices: Iterable[str]) -> str:
+    """Say which names exist, the nearest first, for the end of an error message."""
+    known = sorted(choices)
+    near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    listed = ", ".join(known) if known else "none"
+    return f"Did you mean {' or '.join(near)}? Known: {listed}." if near else f"Known: {listed}."

@@ -1,0 +1,1 @@
+"""Architectures, recognised by structure: one file each."""

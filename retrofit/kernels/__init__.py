@@ -1,0 +1,1 @@
+"""The operators' public functions and the choice of their backend."""
