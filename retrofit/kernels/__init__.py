@@ -1,1 +1,25 @@
 """The operators' public functions and the choice of their backend."""
+
+from __future__ import annotations
+
+from retrofit.kernels.block_select import pooled_scores, select_blocks, select_by_score
+from retrofit.kernels.block_sparse import (
+    BlockLists,
+    block_sparse_attention,
+    lists_from_mask,
+    mask_from_lists,
+    pack_mask_bits,
+)
+from retrofit.kernels.merge import merge_attention
+
+__all__ = [
+    "BlockLists",
+    "block_sparse_attention",
+    "lists_from_mask",
+    "mask_from_lists",
+    "merge_attention",
+    "pack_mask_bits",
+    "pooled_scores",
+    "select_blocks",
+    "select_by_score",
+]
