@@ -10,6 +10,7 @@ from retrofit.kernels.block_sparse import (
     mask_from_lists,
     pack_mask_bits,
 )
+from retrofit.kernels.grid_window import neighborhood_attention, window_attention
 from retrofit.kernels.merge import merge_attention
 
 __all__ = [
@@ -18,8 +19,10 @@ __all__ = [
     "lists_from_mask",
     "mask_from_lists",
     "merge_attention",
+    "neighborhood_attention",
     "pack_mask_bits",
     "pooled_scores",
     "select_blocks",
     "select_by_score",
+    "window_attention",
 ]

@@ -1,0 +1,222 @@
+"""The public functions."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from retrofit.errors import ConfigError, suggest
+from retrofit.grid import TokenGrid
+
+from .arguments import (
+    align_dtypes,
+    as_four_dims,
+    as_grid,
+    check_neighborhood,
+    check_tensors,
+    check_window,
+    per_axis,
+)
+from .axes import AxisTables, neighborhood_tables, window_tables
+from .reference import masked_attention, neighborhood_mask, window_mask
+from .tiled import tiled_attention
+from .tiles import choose_tile
+
+BACKENDS = ("torch", "reference")
+HALF_SPEED_ROWS = 32
+
+PerAxis = int | Sequence[int]
+CausalAxes = bool | Sequence[bool]
+
+
+def neighborhood_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: TokenGrid | Sequence[int],
+    window_size: PerAxis,
+    stride: PerAxis = 1,
+    dilation: PerAxis = 1,
+    is_causal: CausalAxes = False,
+    num_prefix_tokens: int = 0,
+    num_suffix_tokens: int = 0,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attend to a window around each query, pushed inward at the borders of the grid.
+
+    Paper: https://arxiv.org/abs/2504.16922 (section 3). An axis shows a query `window_size` keys
+    at distance `dilation`; groups of `stride` queries share the window of their leader; a causal
+    axis shows keys up to the query. What is seen is the product over the axes. Departure: a window
+    larger than the axis (with a dilation: than the query's dilation group) means all of it.
+
+    Args:
+        query: `[B, H, S, D]`, any floating dtype, any strides.
+        key: `[B, H_kv, S, D]`, `H` a multiple of `H_kv`.
+        value: `[B, H_kv, S, D_v]`.
+        grid: `(frames, height, width)` in raster order, or a TokenGrid with its special tokens.
+        window_size: Keys per query on an axis, itself included; one value or one per axis.
+        stride: Queries that share a window, at most `window_size`; one value or one per axis.
+        dilation: Distance of neighboring keys; one value or one per axis.
+        is_causal: Whether a query sees no key after it; one value or one per axis.
+        num_prefix_tokens: Special tokens before the grid, for the tuple form of `grid`.
+        num_suffix_tokens: Special tokens after the grid, for the tuple form of `grid`.
+        attn_mask: bool (True is seen) or added to the scores; broadcasts to `[B, H, S, S]`.
+        scale: Factor of the scores, `1 / sqrt(D)` by default.
+        return_lse: Also return the natural log-sum-exp of the scaled scores.
+        backend: One of `BACKENDS`; None picks one.
+
+    Returns:
+        Output `[B, H, S, D_v]`, or `(output, lse)` with lse float32 `[B, H, S]`. A query that sees
+        nothing (by `attn_mask`) gives 0 and -inf.
+
+    Raises:
+        GridError: If a sequence does not have the grid's length.
+        ConfigError: If shapes or settings do not fit.
+    """
+    layout = as_grid(grid, num_prefix_tokens, num_suffix_tokens)
+    axes = check_neighborhood(layout, window_size, stride, dilation, is_causal)
+    check_tensors(layout, query, key, value)
+    _check_backend(backend)
+    q, k, v = align_dtypes(query, key, value)
+    mask = as_four_dims(attn_mask, q)
+    if backend == "reference":
+        seen = neighborhood_mask(
+            layout,
+            window_size,
+            stride=stride,
+            dilation=dilation,
+            is_causal=is_causal,
+        )
+        return _result(masked_attention(q, k, v, seen, attn_mask=mask, scale=scale), return_lse)
+    tile = choose_tile(axes, HALF_SPEED_ROWS)
+    tables = [
+        neighborhood_tables(n, w, stride=s, dilation=d, is_causal=c, tile=size, device=q.device)
+        for (n, w, s, d, c), size in zip(axes, tile, strict=True)
+    ]
+    return _run_tables(q, k, v, layout, tables, mask, scale, return_lse)
+
+
+def window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    grid: TokenGrid | Sequence[int],
+    window_size: PerAxis,
+    shift: PerAxis | Tensor = 0,
+    strided: bool = False,
+    num_prefix_tokens: int = 0,
+    num_suffix_tokens: int = 0,
+    attn_mask: Tensor | None = None,
+    is_causal: CausalAxes = False,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Cut the grid into windows and attend inside each.
+
+    Papers: https://arxiv.org/abs/2311.17528 (shifted windows: the grid is rolled by `-shift`
+    before it is cut, and nothing is masked across the seam), https://arxiv.org/abs/2512.13492
+    (contiguous and strided windows).
+
+    Args:
+        query: `[B, H, S, D]`, any floating dtype, any strides.
+        key: `[B, H_kv, S, D]`, `H` a multiple of `H_kv`.
+        value: `[B, H_kv, S, D_v]`.
+        grid: `(frames, height, width)` in raster order, or a TokenGrid with its special tokens.
+        window_size: Tokens per window on an axis, the last window may be short; one value or one
+            per axis. A window larger than the axis means all of it.
+        shift: Cyclic shift of the windows, one value or one per axis: integers, or an int64 tensor
+            `[]` or `[3]` (a change of its values never recompiles).
+        strided: Windows of every n-th token of an axis, `n = ceil(length / window_size)`, in
+            place of contiguous ones.
+        num_prefix_tokens: Special tokens before the grid, for the tuple form of `grid`.
+        num_suffix_tokens: Special tokens after the grid, for the tuple form of `grid`.
+        attn_mask: bool (True is seen) or added to the scores; broadcasts to `[B, H, S, S]`.
+        is_causal: Whether a query sees no key after it on an axis; one value or one per axis.
+        scale: Factor of the scores, `1 / sqrt(D)` by default.
+        return_lse: Also return the natural log-sum-exp of the scaled scores.
+        backend: One of `BACKENDS`; None picks one.
+
+    Returns:
+        Output `[B, H, S, D_v]`, or `(output, lse)` with lse float32 `[B, H, S]`. A query that sees
+        nothing (by `attn_mask`) gives 0 and -inf.
+
+    Raises:
+        GridError: If a sequence does not have the grid's length.
+        ConfigError: If shapes or settings do not fit.
+    """
+    layout = as_grid(grid, num_prefix_tokens, num_suffix_tokens)
+    axes = check_window(layout, window_size, shift, is_causal)
+    check_tensors(layout, query, key, value)
+    _check_backend(backend)
+    q, k, v = align_dtypes(query, key, value)
+    mask = as_four_dims(attn_mask, q)
+    if backend == "reference":
+        seen = window_mask(
+            layout,
+            window_size,
+            shift=shift,
+            strided=strided,
+            is_causal=is_causal,
+        )
+        return _result(masked_attention(q, k, v, seen, attn_mask=mask, scale=scale), return_lse)
+    tables = [
+        window_tables(n, w, shift=s, strided=strided, is_causal=c, device=q.device)
+        for n, w, s, c in axes
+    ]
+    return _run_tables(q, k, v, layout, tables, mask, scale, return_lse)
+
+
+def branches_coincide(grid: TokenGrid | Sequence[int], window_size: PerAxis) -> bool:
+    """Whether the contiguous and the strided windows of a grid are the same index sets.
+
+    Then one of the two is enough: their mean is either of them.
+    """
+    layout = as_grid(grid, 0, 0)
+    windows = per_axis("window_size", window_size)
+    pairs = zip(layout.shape, windows, strict=True)
+    return all(window >= length or window == 1 for length, window in pairs)
+
+
+def _check_backend(backend: str | None) -> None:
+    if backend is not None and backend not in BACKENDS:
+        raise ConfigError(
+            f"backend: expected None or a known name, got {backend!r}. {suggest(backend, BACKENDS)}"
+        )
+
+
+def _result(pair: tuple[Tensor, Tensor | None], return_lse: bool) -> Any:
+    return pair if return_lse else pair[0]
+
+
+def _run_tables(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: TokenGrid,
+    tables: list[AxisTables],
+    attn_mask: Tensor | None,
+    scale: float | None,
+    return_lse: bool,
+) -> Any:
+    """Dense attention where one tile is everything, tiles otherwise."""
+    if not return_lse and all(t.is_full and t.counts[0] == 1 for t in tables):
+        if attn_mask is not None and attn_mask.dtype != torch.bool:
+            attn_mask = attn_mask.to(q.dtype)
+        gqa = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=gqa
+        )
+    pair = tiled_attention(
+        q, k, v, grid, tables, attn_mask=attn_mask, scale=scale, with_lse=return_lse
+    )
+    return _result(pair, return_lse)
