@@ -1,4 +1,4 @@
-"""Type-check the package as it is installed: link the package map of pyproject.toml into one tree."""
+"""Type-check the package as installed: link the package map of pyproject.toml into one tree."""
 
 import os
 import shutil

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 
 class RetrofitError(Exception):
-    """Something failed while working (exit code 1): NaN, a full disk, a proof that does not hold."""
+    """Something failed while working (exit code 1): NaN, a full disk, a proof that is off."""
 
     exit_code = 1
 

@@ -1,4 +1,4 @@
-"""How a site's token sequence maps to frames x height x width, and the orders it can be walked in."""
+"""How a token sequence maps to frames x height x width, and the orders it is walked in."""
 
 from __future__ import annotations
 

@@ -1,0 +1,148 @@
+"""UNets of Stable Diffusion 1.x, 2.x, XL and Turbo, and their ControlNets, as in diffusers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from retrofit.families.base import Family, has_parts
+from retrofit.grid import TokenGrid
+from retrofit.sites import AttentionSite, Level, Network, argument
+
+NOT_INTERCEPTED = {
+    "AttnProcessor": "its processor computes the softmax itself",
+    "SlicedAttnProcessor": "attention slicing computes the softmax itself",
+    "XFormersAttnProcessor": "xformers does not go through PyTorch's attention function",
+}
+
+
+def recognises(module: nn.Module) -> bool:
+    """Down blocks with resnets and a middle block, and either up blocks or a ControlNet's taps."""
+    if not has_parts(module, "conv_in", "down_blocks", "mid_block", "time_embedding"):
+        return False
+    if not (has_parts(module, "up_blocks") or has_parts(module, "controlnet_down_blocks")):
+        return False
+    return all(hasattr(block, "resnets") for block in module.down_blocks)  # type: ignore[union-attr]
+
+
+def describe(module: Any) -> Network:
+    """List the sites in order of execution, and the levels by resolution."""
+    found = list(_attention_modules(module))
+    counts: dict[str, int] = {}
+    sites = []
+    for path, attention, source, block, level in found:
+        kind = "cross" if attention.is_cross_attention else "self"
+        index = counts[kind] = counts.get(kind, -1) + 1
+        sites.append(
+            AttentionSite(
+                path=path,
+                index=index,
+                block=block,
+                kind=kind,  # type: ignore[arg-type]
+                num_heads=attention.heads,
+                head_dim=attention.inner_dim // attention.heads,
+                level=level,
+                grid_source=source,
+            )
+        )
+    unreachable = {
+        path: NOT_INTERCEPTED[name]
+        for path, attention, *_ in found
+        if (name := type(attention.processor).__name__) in NOT_INTERCEPTED
+    }
+    return Network(
+        family=FAMILY.name,
+        sites=tuple(sites),
+        levels=_levels(module),
+        grid_readers={source: read_feature_map for _, _, source, _, _ in found},
+        sample_size=_pair(getattr(module.config, "sample_size", None)),
+        unreachable=unreachable,
+    )
+
+
+def read_feature_map(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenGrid:
+    """The grid of a feature map `[B, C, H, W]`, one token a position."""
+    _, _, height, width = argument(args, kwargs, 0, "hidden_states").shape
+    return TokenGrid(height=height, width=width)
+
+
+def _attention_modules(module: Any) -> Iterator[tuple[str, Any, str, int, int]]:
+    """Path, attention, path of the module that sees the size, transformer block and level."""
+    block = 0
+    for prefix, part, level in _parts(module):
+        for i, holder in enumerate(getattr(part, "attentions", None) or []):
+            source = f"{prefix}.attentions.{i}"
+            if hasattr(holder, "to_q"):  # an attention that takes the feature map itself
+                yield source, holder, source, block, level
+                block += 1
+            for j, transformer in enumerate(getattr(holder, "transformer_blocks", None) or []):
+                for name in ("attn1", "attn2"):
+                    attention = getattr(transformer, name, None)
+                    if attention is not None:
+                        path = f"{source}.transformer_blocks.{j}.{name}"
+                        yield path, attention, source, block, level
+                block += 1
+
+
+def _parts(module: Any) -> Iterator[tuple[str, Any, int]]:
+    """Blocks in order of execution, with their level."""
+    depth = len(module.down_blocks)
+    for i, part in enumerate(module.down_blocks):
+        yield f"down_blocks.{i}", part, i
+    yield "mid_block", module.mid_block, depth - 1
+    for i, part in enumerate(getattr(module, "up_blocks", None) or []):
+        yield f"up_blocks.{i}", part, depth - 1 - i
+
+
+def _levels(module: Any) -> tuple[Level, ...]:
+    down, up = module.down_blocks, getattr(module, "up_blocks", None)
+    levels, scale = [], 1
+    for i, part in enumerate(down):
+        mirror = len(down) - 1 - i
+        levels.append(
+            Level(
+                index=i,
+                scale=scale,
+                has_attention=bool(getattr(part, "attentions", None)),
+                down_pairs=_pair_ends(f"down_blocks.{i}", part),
+                up_pairs=_pair_ends(f"up_blocks.{mirror}", up[mirror]) if up else (),
+                downsampler=_sampler(f"down_blocks.{i}", part, "downsamplers"),
+                # the way back to this level stands at the end of the next deeper up block
+                upsampler=_sampler(f"up_blocks.{mirror - 1}", up[mirror - 1], "upsamplers")
+                if up and mirror
+                else None,
+            )
+        )
+        scale *= 2 if levels[-1].downsampler else 1
+    return tuple(levels)
+
+
+def _pair_ends(prefix: str, part: Any) -> tuple[str, ...]:
+    kind = "attentions" if getattr(part, "attentions", None) else "resnets"
+    return tuple(f"{prefix}.{kind}.{i}" for i in range(len(part.resnets)))
+
+
+def _sampler(prefix: str, part: Any, name: str) -> str | None:
+    return f"{prefix}.{name}.0" if getattr(part, name, None) else None
+
+
+def _pair(size: Any) -> tuple[int, int] | None:
+    if size is None:
+        return None
+    return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
+
+
+FAMILY = Family(
+    name="unet2d",
+    summary="UNets of Stable Diffusion 1.x, 2.x, XL and Turbo, and their ControlNets",
+    examples=(
+        "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        "stabilityai/stable-diffusion-xl-base-1.0",
+        "stabilityai/sdxl-turbo",
+    ),
+    recognises=recognises,
+    describe=describe,
+    denoises=True,
+)

@@ -1,0 +1,260 @@
+"""The handlers that every patch installs: at its sites, where the size is seen, and at the root."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from retrofit.errors import InterceptionError, NonFiniteError, RetrofitError, UnsupportedError
+from retrofit.grid import TokenGrid
+from retrofit.intercept import Forward, FunctionMode
+from retrofit.methods.base import Method
+from retrofit.run_state import RunState
+from retrofit.sites import AttentionSite, GridReader
+
+UNREACHED = (
+    "Attention must run through torch.nn.functional.scaled_dot_product_attention: use "
+    '`attn_implementation="sdpa"` (transformers), `set_attention_backend("native")` or the default '
+    "processors (diffusers), or leave the site out with `sites`."
+)
+
+
+class SizeScope:
+    """The grid that a module with a view of the size has read in its latest forward."""
+
+    def __init__(self) -> None:
+        """Start without one."""
+        self.grid: TokenGrid | None = None
+
+
+class ReadGrid:
+    """Handler of a module that sees the size its inner sites can't see."""
+
+    def __init__(self, module: Any, reader: GridReader, scope: SizeScope) -> None:
+        """Read with `reader`, write to `scope`."""
+        self.module = module
+        self.reader = reader
+        self.scope = scope
+
+    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Note the grid, then run the module."""
+        self.scope.grid = self.reader(self.module, args, kwargs)
+        return inner(*args, **kwargs)
+
+
+class SiteCounts:
+    """What a site's eager calls did; calls inside a compiled graph are not counted."""
+
+    def __init__(self) -> None:
+        """Start at zero."""
+        self.patched = 0
+        self.dense = 0
+        self.keep: list[float] = []
+
+
+class AttendAtSite:
+    """Handler of an attention module: hands its attention call to the method's operator.
+
+    Attributes:
+        site: Which call this is.
+        where: The site's path with its component, for messages.
+        measure: Whether to record the measured keep of each eager call (costs time).
+        check_finite: Whether to look for NaN in each eager result (costs a synchronisation).
+    """
+
+    def __init__(
+        self,
+        site: AttentionSite,
+        method: Method,
+        state: RunState,
+        scope: SizeScope | None,
+        where: str,
+    ) -> None:
+        """Bind a site to a method."""
+        self.site = site
+        self.method = method
+        self.state = state
+        self.scope = scope
+        self.where = where
+        self.counts = SiteCounts()
+        self.measure = False
+        self.check_finite = False
+
+    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the attention module with its call intercepted.
+
+        Raises:
+            InterceptionError: If the module did not make the call.
+        """
+        mode = FunctionMode(scaled_dot_product_attention, self.attend)
+        with mode:
+            out = inner(*args, **kwargs)
+        if mode.calls == 0:
+            raise InterceptionError(f"{self.where}: never made the attention call. {UNREACHED}")
+        return out
+
+    def attend(  # noqa: PLR0913 - the signature of the function it replaces
+        self,
+        call_index: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        enable_gqa: bool = False,
+    ) -> Tensor:
+        """Take the place of `scaled_dot_product_attention`, tensors `[B, H, S, D]`."""
+        decoding = self.site.kind != "cross" and query.shape[2] != key.shape[2]
+        if decoding or call_index < self.site.num_calls - 1:
+            self._count("dense")
+            return scaled_dot_product_attention(
+                query,
+                key,
+                value,
+                attn_mask,
+                dropout_p,
+                is_causal,
+                scale=scale,
+                enable_gqa=enable_gqa,
+            )
+        if dropout_p:
+            raise UnsupportedError(
+                f"{self.where}: expected no attention dropout, got {dropout_p}. Call "
+                "`model.eval()`, or set the attention dropout in the model's config to 0 to train."
+            )
+        query, key, value = _same_dtype(query, key, value)
+        operator = self.method.build(self.site, self._grid(query), self.state)
+        out = operator(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
+        self._count("patched")
+        if not torch.compiler.is_compiling():
+            self._observe(operator, query, key, out)
+        return out
+
+    def _grid(self, query: Tensor) -> TokenGrid:
+        if self.site.kind == "cross":
+            return TokenGrid(width=query.shape[2])
+        if self.scope is None:
+            return TokenGrid(width=query.shape[2])
+        grid = self.scope.grid
+        if grid is None:
+            raise InterceptionError(
+                f"{self.where}: ran outside {self.site.grid_source or 'its network'}, which alone "
+                "sees the size. Call the whole network."
+            )
+        grid.check(query.shape[2], self.where)
+        return grid
+
+    def _count(self, what: str) -> None:
+        if not torch.compiler.is_compiling():
+            setattr(self.counts, what, getattr(self.counts, what) + 1)
+
+    def _observe(self, operator: Any, query: Tensor, key: Tensor, out: Tensor) -> None:
+        if self.measure:
+            self.counts.keep.append(operator.keep_fraction(query, key))
+        if self.check_finite and not bool(torch.isfinite(out).all()):
+            raise NonFiniteError(f"{self.where}: NaN or infinity {_at(self.state)}.")
+
+
+class GuardRoot:
+    """Outermost handler of a network: its run state, its overlap, its output.
+
+    Attributes:
+        where: Name of the network, for messages.
+    """
+
+    def __init__(
+        self,
+        *,
+        where: str,
+        state: RunState,
+        method: Method,
+        sites: list[AttendAtSite],
+    ) -> None:
+        """Guard a network and the handlers of its patched sites."""
+        self.where = where
+        self.state = state
+        self.method = method
+        self.sites = sites
+        self.busy = False
+
+    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the network.
+
+        Raises:
+            NonFiniteError: If its output is not finite; the message names the first site to blame.
+            RetrofitError: If it is called while it runs, or without a step where one is needed.
+        """
+        compiling = torch.compiler.is_compiling()
+        if not compiling:
+            self.state.keep_up()
+        if self.method.needs_steps and not self.state.values["known"]:
+            raise RetrofitError(
+                f"{self.where}: {self.method.name} must know the denoising step. Patch the "
+                "pipeline rather than the bare network (again, if it is compiled and its scheduler "
+                "was replaced), or call `patch.at_step(i, n)` before each call."
+            )
+        if compiling:
+            return inner(*args, **kwargs)
+        if self.busy:
+            raise RetrofitError(
+                f"{self.where}: called while an earlier call is still running. A patched model "
+                "serves one call at a time: give every thread its own copy."
+            )
+        self.busy = True
+        try:
+            out = inner(*args, **kwargs)
+            if not _is_finite(out):
+                self._blame(inner, args, kwargs)
+        finally:
+            self.busy = False
+        return out
+
+    def _blame(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run again, looking at every site, to name the first whose result is not finite."""
+        if not all(_is_finite(value) for value in (*args, *kwargs.values())):
+            raise NonFiniteError(f"{self.where}: got NaN or infinity as input {_at(self.state)}.")
+        for site in self.sites:
+            site.check_finite = True
+        try:
+            inner(*args, **kwargs)
+        finally:
+            for site in self.sites:
+                site.check_finite = False
+        raise NonFiniteError(
+            f"{self.where}: NaN or infinity {_at(self.state)}, though every patched site is "
+            "finite: it arises elsewhere. Try float32 or bfloat16 instead of float16."
+        )
+
+
+def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Cast as autocast casts attention, which an interception comes before."""
+    device = query.device.type
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+    elif query.dtype == key.dtype == value.dtype:
+        return query, key, value
+    else:
+        dtype = value.dtype
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def _is_finite(out: Any) -> bool:
+    """Whether the first floating tensor of an output is finite; true for anything without one."""
+    if isinstance(out, Tensor):
+        if not out.is_floating_point() or out.is_meta:
+            return True
+        return bool(torch.isfinite(out).all())
+    if isinstance(out, dict):
+        out = tuple(out.values())
+    if isinstance(out, (tuple, list)) and out:
+        return _is_finite(out[0])
+    return True
+
+
+def _at(state: RunState) -> str:
+    return "" if state.step is None else f"at step {state.step} of {state.num_steps}"

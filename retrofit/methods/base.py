@@ -1,0 +1,82 @@
+"""What a method is: a frozen config that builds an operator for a site and a grid."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+from retrofit.grid import TokenGrid
+from retrofit.intercept import Handler
+from retrofit.run_state import RunState
+from retrofit.sites import AttentionSite, Network
+
+
+class Operator(Protocol):
+    """Replaces one attention call.
+
+    Called with tensors `[B, H, S, D]` (keys and values may have fewer heads) and the rest of the
+    call by keyword; returns `[B, H, S, D]`. It draws no random numbers and honours every argument,
+    or refuses with a `RetrofitError`.
+    """
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend."""
+        ...
+
+    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
+        """Fraction of query-key pairs that this call computes, 1.0 when dense."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """Parameters of one published method; a subclass per paper, its fields the settings.
+
+    A stateless method defines `build` only. One that depends on the denoising step defines
+    `schedule` too, whose integers its operators read from `state.values`; one that changes more
+    than attention defines `handlers`.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    lossy: ClassVar[str] = "lossy: the output differs from the dense model's"
+
+    @property
+    def needs_steps(self) -> bool:
+        """Whether a call is an error unless the denoising step is known."""
+        return False
+
+    def refuses(self, network: Network) -> str | None:
+        """Why the method can't be used on this network at all, or None."""
+        return None
+
+    def skips(self, site: AttentionSite, network: Network) -> str | None:
+        """Why the method leaves a site alone, or None when it takes it."""
+        return None if site.kind == "self" else f"{site.kind} attention"
+
+    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
+        """The operator for one site and one grid; cheap, called at every forward."""
+        raise NotImplementedError
+
+    def schedule(
+        self, state: RunState, network: Network, sites: Sequence[AttentionSite]
+    ) -> Mapping[str, int]:
+        """Integers for the step that `state` has just entered; runs outside traced code."""
+        return {}
+
+    def handlers(self, network: Network, state: RunState) -> Sequence[tuple[str, Handler]]:
+        """Further handlers by module path (`""` is the network itself), outermost first."""
+        return ()

@@ -1,0 +1,380 @@
+"""Install a recipe in a model in memory, and take it out again."""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any
+
+from torch import nn
+
+from retrofit.errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    NotFoundError,
+    UnsupportedError,
+    suggest,
+)
+from retrofit.handlers import AttendAtSite, GuardRoot, ReadGrid, SizeScope
+from retrofit.intercept import Handler, find_interceptor, install, uninstall
+from retrofit.methods import METHODS, Method
+from retrofit.networks import FoundNetwork, find_networks, is_pipeline, module_of
+from retrofit.recipe import Recipe, default_recipe, make_method
+from retrofit.run_state import RunState
+from retrofit.sites import AttentionSite, Network
+
+
+@dataclass(frozen=True, kw_only=True)
+class SkippedSite:
+    """A site that was left dense, and why."""
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class PatchReport:
+    """What a patch did.
+
+    Attributes:
+        method: Its name.
+        families: Families of the networks patched.
+        patched: Paths of the sites that now run the method.
+        skipped: Every other site, with the reason.
+        changed: Other modules that the method changes (samplers, the root).
+    """
+
+    method: str
+    families: tuple[str, ...]
+    patched: tuple[str, ...]
+    skipped: tuple[SkippedSite, ...]
+    changed: tuple[str, ...]
+
+    def __str__(self) -> str:
+        """One line: `block-sparse: patched 6 of 6 sites`."""
+        total = len(self.patched) + len(self.skipped)
+        return f"{self.method}: patched {len(self.patched)} of {total} attention sites"
+
+
+class Patch:
+    """A recipe installed in a model. Also a context manager that removes it at the end.
+
+    Attributes:
+        recipe: What was installed.
+        report: What matched, and what did not and why.
+        state: Step, branch and derived integers; see `at_step`.
+        sites: The handlers of the patched sites by path, with their counters.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        """Start with nothing installed; `patch` is what users call."""
+        self.recipe = recipe
+        self.state = RunState()
+        self.sites: dict[str, AttendAtSite] = {}
+        self.report = PatchReport(
+            method=recipe.method.name, families=(), patched=(), skipped=(), changed=()
+        )
+        self.networks: list[tuple[FoundNetwork, Network]] = []
+        self._modules: list[nn.Module] = []
+        self._contexts: list[nn.Module] = []
+
+    def at_step(self, step: int, num_steps: int, branch: str = "cond") -> None:
+        """Say where a run stands, when no pipeline's scheduler says it.
+
+        Args:
+            step: Index of the step, from 0.
+            num_steps: How many there are.
+            branch: `cond` or `uncond`, for a network that is called once for each.
+        """
+        self.state.at_step(step, num_steps, branch)
+
+    @contextmanager
+    def measuring(self) -> Iterator[dict[str, AttendAtSite]]:
+        """While entered, every eager call records the fraction of pairs it kept."""
+        for site in self.sites.values():
+            site.measure = True
+            site.counts.keep.clear()
+        try:
+            yield self.sites
+        finally:
+            for site in self.sites.values():
+                site.measure = False
+
+    def keep_measured(self) -> float | None:
+        """Mean of the kept fractions recorded by `measuring`, None when nothing was."""
+        kept = [keep for site in self.sites.values() for keep in site.counts.keep]
+        return sum(kept) / len(kept) if kept else None
+
+    def remove(self) -> None:
+        """Undo everything; the model is bit for bit what it was. Doing it twice is harmless."""
+        for module in self._modules:
+            uninstall(module)
+        for module in self._contexts:
+            module.__dict__.pop("cache_context", None)
+        self.state.detach()
+        self.state.end()
+        self._modules.clear()
+        self._contexts.clear()
+
+    def __enter__(self) -> Patch:
+        """Use as `with retrofit.patch(...) as patch:`."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Remove the patch."""
+        self.remove()
+
+    def _install(self, module: nn.Module, handler: Any, where: str) -> None:
+        install(module, handler, owner=self.owner, where=where)
+        if all(module is not other for other in self._modules):
+            self._modules.append(module)
+
+    @property
+    def owner(self) -> str:
+        """How messages name this patch."""
+        return f"retrofit's {self.recipe.method.name} (patch {id(self):x})"
+
+
+def patch(
+    target: Any,
+    what: Recipe | Method | str,
+    /,
+    *,
+    sites: Sequence[str] = (),
+    components: Sequence[str] = (),
+    **parameters: Any,
+) -> Patch:
+    """Replace the attention of a model or pipeline in memory.
+
+    Args:
+        target: An `nn.Module` or a diffusers pipeline; nothing of it is copied.
+        what: A method's name (its shipped recipe for the family, else its defaults), a method's
+            config, or a recipe.
+        sites: Globs over site paths; `!` in front excludes. Instead of the recipe's.
+        components: Networks of a pipeline. Instead of the recipe's.
+        parameters: Settings of the method that replace the recipe's.
+
+    Returns:
+        The handle whose `remove()` undoes it.
+
+    Raises:
+        InputError: If nothing matches, the method does not fit, or the target is patched already;
+            the target is then as it was.
+    """
+    found = find_networks(target, tuple(components) or _components(what))
+    recipe = _resolve(what, found, sites, components, parameters)
+    handle = Patch(recipe)
+    try:
+        _install_all(handle, found)
+    except BaseException:
+        handle.remove()
+        raise
+    if is_pipeline(target):
+        handle.state.attach(target)
+    return handle
+
+
+def _components(what: Recipe | Method | str) -> tuple[str, ...]:
+    return what.components if isinstance(what, Recipe) else ()
+
+
+def _resolve(
+    what: Recipe | Method | str,
+    found: list[FoundNetwork],
+    sites: Sequence[str],
+    components: Sequence[str],
+    parameters: dict[str, Any],
+) -> Recipe:
+    if isinstance(what, str):
+        recipe = default_recipe(what, found[0].family.name)
+    else:
+        recipe = what if isinstance(what, Recipe) else Recipe(method=what)
+    if recipe.family not in (None, *(network.family.name for network in found)):
+        raise UnsupportedError(
+            f"recipe: written for family {recipe.family!r}, got {found[0].family.name!r}. "
+            "Use a recipe of that family, or the method's name for its defaults."
+        )
+    if parameters:
+        recipe = replace(recipe, method=with_parameters(recipe.method, parameters))
+    return replace(
+        recipe,
+        sites=tuple(sites) or recipe.sites,
+        components=tuple(components) or recipe.components,
+    )
+
+
+def with_parameters(method: Method, parameters: dict[str, Any]) -> Method:
+    """A method's config with some settings replaced.
+
+    Raises:
+        ConfigError: If one does not exist or has a wrong value.
+    """
+    present = Recipe(method=method).to_dict()["parameters"]
+    changed, problems = make_method(type(method), {**present, **parameters})
+    if changed is None:
+        raise ConfigError(f"{method.name}: " + " ".join(problems))
+    return changed
+
+
+def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
+    method = handle.recipe.method
+    described = [(n, n.family.describe(n.module).named(n.name)) for n in found]
+    fitting = [(n, d) for n, d in described if method.refuses(d) is None]
+    if not fitting:
+        reasons = "; ".join(f"{n.where('')}: {method.refuses(d)}" for n, d in described)
+        others = [name for name, other in METHODS.items() if _fits_any(other, described)]
+        raise UnsupportedError(
+            f"{method.name} does not fit this model ({reasons}). "
+            f"Methods that do: {', '.join(others) or 'none'}."
+        )
+    paths = [n.where(s.path) for n, d in described for s in d.sites]
+    _check_globs(handle.recipe.sites, paths)
+    patched: list[str] = []
+    skipped: list[SkippedSite] = []
+    changed: list[str] = []
+    for network, description in described:
+        taken = _choose(handle, network, description, skipped)
+        extra = () if method.refuses(description) else method.handlers(description, handle.state)
+        if taken or extra:
+            _install_network(handle, network, description, taken, extra)
+            patched += [network.where(site.path) for site in taken]
+            changed += [network.where(path) for path, _ in extra]
+    if not patched and not changed:
+        reasons = "; ".join(sorted({skip.reason for skip in skipped})) or "it has no attention"
+        raise UnsupportedError(f"{method.name}: nothing to patch ({reasons}).")
+    families = tuple(dict.fromkeys(network.family.name for network, _ in handle.networks))
+    handle.report = PatchReport(
+        method=method.name,
+        families=families,
+        patched=tuple(patched),
+        skipped=tuple(skipped),
+        changed=tuple(changed),
+    )
+
+
+def _fits_any(config: type[Method], described: list[tuple[FoundNetwork, Network]]) -> bool:
+    return any(config().refuses(description) is None for _, description in described)
+
+
+def _choose(
+    handle: Patch, network: FoundNetwork, description: Network, skipped: list[SkippedSite]
+) -> list[AttentionSite]:
+    """The sites to patch; the others are added to `skipped` with their reason."""
+    method = handle.recipe.method
+    refusal = method.refuses(description)
+    taken = []
+    for site in description.sites:
+        where = network.where(site.path)
+        reason = refusal or method.skips(site, description)
+        if reason is None and not _selected(where, handle.recipe.sites):
+            reason = "not selected"
+        if reason is None and site.path in description.unreachable:
+            raise UnsupportedError(
+                f"{where}: {description.unreachable[site.path]}. Switch the model to PyTorch's "
+                "own attention, or leave the site out with `sites`."
+            )
+        if reason is None:
+            taken.append(site)
+        else:
+            skipped.append(SkippedSite(path=where, reason=reason))
+    for path, reason in description.unreachable.items():
+        if all(path != site.path for site in description.sites):
+            skipped.append(SkippedSite(path=network.where(path), reason=reason))
+    return taken
+
+
+def _install_network(
+    handle: Patch,
+    network: FoundNetwork,
+    description: Network,
+    taken: list[AttentionSite],
+    extra: Sequence[tuple[str, Handler]],
+) -> None:
+    """Install everything one network needs: outermost handlers first."""
+    method, state = handle.recipe.method, handle.state
+    _refuse_nested(network, taken)
+    _refuse_patched(network)
+    scopes = {site.grid_source: SizeScope() for site in taken if site.grid_source is not None}
+    sites = [
+        AttendAtSite(
+            site,
+            method,
+            state,
+            None if site.grid_source is None else scopes[site.grid_source],
+            network.where(site.path),
+        )
+        for site in taken
+    ]
+    root = GuardRoot(where=network.where(""), state=state, method=method, sites=sites)
+    handle._install(network.module, root, network.where(""))
+    for path, extra_handler in extra:
+        handle._install(module_of(network, path), extra_handler, network.where(path))
+    for source, scope in scopes.items():
+        module = module_of(network, source)
+        reader = description.grid_readers[source]
+        handle._install(module, ReadGrid(module, reader, scope), network.where(source))
+    for site, handler in zip(taken, sites, strict=True):
+        handle._install(module_of(network, site.path), handler, handler.where)
+        handle.sites[handler.where] = handler
+    state.schedules.append(functools.partial(method.schedule, network=description, sites=taken))
+    if hasattr(type(network.module), "cache_context"):
+        watched = functools.partial(_watched_context, network.module, state)
+        network.module.cache_context = watched  # type: ignore[assignment]
+        handle._contexts.append(network.module)
+    handle.networks.append((network, description))
+
+
+def _watched_context(
+    module: Any, state: RunState, name: str, /, **kwargs: Any
+) -> AbstractContextManager[Any]:
+    """Stand in for a diffusers network's `cache_context`, which names the guidance branch."""
+    state.enter_branch(name)
+    return type(module).cache_context(module, name, **kwargs)
+
+
+def _refuse_nested(network: FoundNetwork, taken: list[AttentionSite]) -> None:
+    paths = {site.path for site in taken}
+    for site in taken:
+        parts = site.path.split(".")
+        for length in range(1, len(parts)):
+            outer = ".".join(parts[:length])
+            if outer in paths:
+                raise UnsupportedError(
+                    f"{network.where(site.path)}: lies inside another site, {outer}. "
+                    "Leave one of them out with `sites`."
+                )
+
+
+def _refuse_patched(network: FoundNetwork) -> None:
+    for path, module in network.module.named_modules():
+        interceptor = find_interceptor(module)
+        if interceptor is not None:
+            raise AlreadyPatchedError(
+                f"{network.where(path)}: already patched by {interceptor.owner}. "
+                "Call `remove()` on that patch first."
+            )
+
+
+def _selected(where: str, globs: Sequence[str]) -> bool:
+    chosen = [glob for glob in globs if not glob.startswith("!")]
+    excluded = [glob[1:] for glob in globs if glob.startswith("!")]
+    return (not chosen or any(fnmatch.fnmatchcase(where, glob) for glob in chosen)) and not any(
+        fnmatch.fnmatchcase(where, glob) for glob in excluded
+    )
+
+
+def _check_globs(globs: Sequence[str], paths: list[str]) -> None:
+    for glob in globs:
+        if not fnmatch.filter(paths, glob.removeprefix("!")):
+            raise NotFoundError(
+                f"sites {glob!r}: matches none of the {len(paths)} sites. {suggest(glob, paths)}"
+            )
