@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
@@ -12,28 +11,21 @@ from typing import Any
 
 from torch import nn
 
-from retrofit.errors import (
-    AlreadyPatchedError,
-    ConfigError,
-    NotFoundError,
-    UnsupportedError,
-    suggest,
-)
+from retrofit.errors import UnsupportedError
 from retrofit.handlers import AttendAtSite, GuardRoot, ReadGrid, SizeScope
-from retrofit.intercept import Handler, find_interceptor, install, uninstall
+from retrofit.intercept import Handler, install, uninstall
 from retrofit.methods import METHODS, Method
 from retrofit.networks import FoundNetwork, find_networks, is_pipeline, module_of
-from retrofit.recipe import Recipe, default_recipe, make_method
+from retrofit.recipe import Recipe, default_recipe, with_parameters
 from retrofit.run_state import RunState
+from retrofit.selection import (
+    SkippedSite,
+    check_globs,
+    choose_sites,
+    refuse_nested,
+    refuse_patched,
+)
 from retrofit.sites import AttentionSite, Network
-
-
-@dataclass(frozen=True, kw_only=True)
-class SkippedSite:
-    """A site that was left dense, and why."""
-
-    path: str
-    reason: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,19 +204,6 @@ def _resolve(
     )
 
 
-def with_parameters(method: Method, parameters: dict[str, Any]) -> Method:
-    """A method's config with some settings replaced.
-
-    Raises:
-        ConfigError: If one does not exist or has a wrong value.
-    """
-    present = Recipe(method=method).to_dict()["parameters"]
-    changed, problems = make_method(type(method), {**present, **parameters})
-    if changed is None:
-        raise ConfigError(f"{method.name}: " + " ".join(problems))
-    return changed
-
-
 def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
     method = handle.recipe.method
     described = [(n, n.family.describe(n.module).named(n.name)) for n in found]
@@ -237,12 +216,12 @@ def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
             f"Methods that do: {', '.join(others) or 'none'}."
         )
     paths = [n.where(s.path) for n, d in described for s in d.sites]
-    _check_globs(handle.recipe.sites, paths)
+    check_globs(handle.recipe.sites, paths)
     patched: list[str] = []
     skipped: list[SkippedSite] = []
     changed: list[str] = []
     for network, description in described:
-        taken = _choose(handle, network, description, skipped)
+        taken = choose_sites(handle.recipe, network, description, skipped)
         extra = () if method.refuses(description) else method.handlers(description, handle.state)
         if taken or extra:
             _install_network(handle, network, description, taken, extra)
@@ -265,33 +244,6 @@ def _fits_any(config: type[Method], described: list[tuple[FoundNetwork, Network]
     return any(config().refuses(description) is None for _, description in described)
 
 
-def _choose(
-    handle: Patch, network: FoundNetwork, description: Network, skipped: list[SkippedSite]
-) -> list[AttentionSite]:
-    """The sites to patch; the others are added to `skipped` with their reason."""
-    method = handle.recipe.method
-    refusal = method.refuses(description)
-    taken = []
-    for site in description.sites:
-        where = network.where(site.path)
-        reason = refusal or method.skips(site, description)
-        if reason is None and not _selected(where, handle.recipe.sites):
-            reason = "not selected"
-        if reason is None and site.path in description.unreachable:
-            raise UnsupportedError(
-                f"{where}: {description.unreachable[site.path]}. Switch the model to PyTorch's "
-                "own attention, or leave the site out with `sites`."
-            )
-        if reason is None:
-            taken.append(site)
-        else:
-            skipped.append(SkippedSite(path=where, reason=reason))
-    for path, reason in description.unreachable.items():
-        if all(path != site.path for site in description.sites):
-            skipped.append(SkippedSite(path=network.where(path), reason=reason))
-    return taken
-
-
 def _install_network(
     handle: Patch,
     network: FoundNetwork,
@@ -301,8 +253,8 @@ def _install_network(
 ) -> None:
     """Install everything one network needs: outermost handlers first."""
     method, state = handle.recipe.method, handle.state
-    _refuse_nested(network, taken)
-    _refuse_patched(network)
+    refuse_nested(network, taken)
+    refuse_patched(network)
     scopes = {site.grid_source: SizeScope() for site in taken if site.grid_source is not None}
     sites = [
         AttendAtSite(
@@ -339,42 +291,3 @@ def _watched_context(
     """Stand in for a diffusers network's `cache_context`, which names the guidance branch."""
     state.enter_branch(name)
     return type(module).cache_context(module, name, **kwargs)
-
-
-def _refuse_nested(network: FoundNetwork, taken: list[AttentionSite]) -> None:
-    paths = {site.path for site in taken}
-    for site in taken:
-        parts = site.path.split(".")
-        for length in range(1, len(parts)):
-            outer = ".".join(parts[:length])
-            if outer in paths:
-                raise UnsupportedError(
-                    f"{network.where(site.path)}: lies inside another site, {outer}. "
-                    "Leave one of them out with `sites`."
-                )
-
-
-def _refuse_patched(network: FoundNetwork) -> None:
-    for path, module in network.module.named_modules():
-        interceptor = find_interceptor(module)
-        if interceptor is not None:
-            raise AlreadyPatchedError(
-                f"{network.where(path)}: already patched by {interceptor.owner}. "
-                "Call `remove()` on that patch first."
-            )
-
-
-def _selected(where: str, globs: Sequence[str]) -> bool:
-    chosen = [glob for glob in globs if not glob.startswith("!")]
-    excluded = [glob[1:] for glob in globs if glob.startswith("!")]
-    return (not chosen or any(fnmatch.fnmatchcase(where, glob) for glob in chosen)) and not any(
-        fnmatch.fnmatchcase(where, glob) for glob in excluded
-    )
-
-
-def _check_globs(globs: Sequence[str], paths: list[str]) -> None:
-    for glob in globs:
-        if not fnmatch.filter(paths, glob.removeprefix("!")):
-            raise NotFoundError(
-                f"sites {glob!r}: matches none of the {len(paths)} sites. {suggest(glob, paths)}"
-            )

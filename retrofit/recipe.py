@@ -139,6 +139,19 @@ def make_method(
         return None, [str(error)]
 
 
+def with_parameters(method: Method, parameters: dict[str, Any]) -> Method:
+    """A method's config with some settings replaced.
+
+    Raises:
+        ConfigError: If one does not exist or has a wrong value.
+    """
+    present = Recipe(method=method).to_dict()["parameters"]
+    changed, problems = make_method(type(method), {**present, **parameters})
+    if changed is None:
+        raise ConfigError(f"{method.name}: " + " ".join(problems))
+    return changed
+
+
 def shipped_recipes() -> dict[str, Path]:
     """Recipes that come with the package, by name (`<family>_<method>`)."""
     folder = SHIPPED if SHIPPED.is_dir() else CHECKOUT
