@@ -74,6 +74,12 @@ class TokenGrid:
                 "Give the size that this model was called with, or leave the site out with `sites`."
             )
 
+    def one_frame(self) -> TokenGrid:
+        """The grid of a single frame with the special tokens in front of it."""
+        return TokenGrid(
+            height=self.height, width=self.width, num_prefix_tokens=self.num_frame_prefix_tokens
+        )
+
     def without_special_tokens(self) -> TokenGrid:
         """The same grid with nothing around it."""
         return replace(self, num_prefix_tokens=0, num_suffix_tokens=0, num_frame_prefix_tokens=0)

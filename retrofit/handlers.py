@@ -146,6 +146,8 @@ class AttendAtSite:
                 f"{self.where}: ran outside {self.site.grid_source or 'its network'}, which alone "
                 "sees the size. Call the whole network."
             )
+        if self.site.scope == "frame":
+            grid = grid.one_frame()
         grid.check(query.shape[2], self.where)
         return grid
 

@@ -27,8 +27,8 @@ class AttentionSite:
         kind: `self`, `cross` (keys from elsewhere) or `joint` (text and picture in one sequence).
         num_heads: Query heads.
         head_dim: Channels of a head.
-        scope: `global` when every token of the input sees every other, `frame` when only within its
-            own frame.
+        scope: `global` when every token of the input sees every other; `frame` when only within its
+            own frame, frames standing in the batch.
         level: Index into `Network.levels`, for networks whose resolution changes inside.
         grid_source: Path of the nearest enclosing module that sees height and width; None when the
             tokens are a plain sequence, whose grid is their number.
