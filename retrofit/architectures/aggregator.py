@@ -119,11 +119,10 @@ class Aggregator(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Tokens before the first block, `[B * N, P, C]`: camera, registers, patches."""
         patches = self.embed_patches(images)
-        special = torch.cat([self.camera_token, self.register_token], dim=2)  # [1, 2, 5, C]
         batch, frames = images.shape[:2]
-        first, others = special[:, :1], special[:, 1:]
-        special = torch.cat([first, others.expand(-1, frames - 1, -1, -1)], dim=1)
-        special = special.expand(batch, -1, -1, -1).flatten(0, 1)
+        slots = torch.arange(frames, device=patches.device).clamp(max=1)
+        special = torch.cat([self.camera_token, self.register_token], dim=2)[0, slots]
+        special = special.expand(batch, -1, -1, -1).flatten(0, 1)  # [B * N, 5, C]
         return torch.cat([special, patches], dim=1)
 
     def embed_patches(self, images: Tensor) -> Tensor:

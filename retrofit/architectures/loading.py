@@ -12,6 +12,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
     GatedRepoError,
+    HfHubHTTPError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -203,6 +204,10 @@ def _download(repo: str, name: str, hub: Mapping[str, Any]) -> Path | None:
         ) from error
     except EntryNotFoundError:
         return None
+    except HfHubHTTPError as error:
+        raise CheckpointError(
+            f"{repo}: the hub refused {name}: {error}. Try again, or give a folder."
+        ) from error
 
 
 def _first(names: list[str]) -> str:
