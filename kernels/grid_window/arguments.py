@@ -162,10 +162,13 @@ def as_four_dims(attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
     batch, heads, seq_len, _ = query.shape
     mask = attn_mask.reshape((1,) * (4 - attn_mask.dim()) + tuple(attn_mask.shape))
     full = (batch, heads, seq_len, seq_len)
-    if mask.dim() != 4 or any(n not in (1, m) for n, m in zip(mask.shape, full, strict=True)):
+    is_mask = attn_mask.dtype == torch.bool or attn_mask.is_floating_point()
+    fits = mask.dim() == 4 and all(n in (1, m) for n, m in zip(mask.shape, full, strict=True))
+    if not (is_mask and fits):
         raise ConfigError(
             f"attn_mask: expected a shape that broadcasts to {list(full)}, "
-            f"got {list(attn_mask.shape)}. Key padding is [B, 1, 1, S], bool, True where seen."
+            f"bool or floating point, got {attn_mask.dtype} {list(attn_mask.shape)}. "
+            "Key padding is [B, 1, 1, S], bool, True where seen."
         )
     return mask.expand(-1, -1, -1, seq_len)
 

@@ -1,7 +1,7 @@
 """What a query sees along one axis of the grid, as small tables.
 
 Every pattern of this package is a product over the axes, so a tile of queries needs its keys per
-axis only: nothing here grows faster than the axis times its window.
+axis only: nothing here grows faster than an axis times the overlap of its tiles.
 """
 
 from __future__ import annotations
@@ -11,30 +11,161 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-Shift = int | Tensor
-
 
 class AxisTables(NamedTuple):
-    """One axis cut into tiles of queries, with the keys each tile visits.
+    """One axis cut into tiles of queries, with the keys that each tile visits.
 
     Attributes:
-        queries: Coordinate of each query slot, clamped where the slot is padding, `[n, tile]`.
-        is_query: False where the slot is padding, `[n, tile]`.
-        keys: Coordinate of each key slot, clamped where the slot is padding, `[n, span]`.
-        visible: Which key slots a query slot sees, `[n, tile, span]`; padding queries see all.
-        is_full: True if no slot is padding and every query of a tile sees all of its keys.
+        queries: Coordinate of each query slot, `[n, tile]`.
+        is_query: False where the slot is padding, which repeats the last query before it,
+            `[n, tile]`.
+        keys: Coordinate of each key slot, repeated where the slot is padding, `[n, span]`.
+        low: First key slot that a query slot sees, `[n, tile]`.
+        high: One past the last, `[n, tile]`.
+        is_masked: False if every query sees all key slots of its tile.
     """
 
     queries: Tensor
     is_query: Tensor
     keys: Tensor
-    visible: Tensor
-    is_full: bool
+    low: Tensor
+    high: Tensor
+    is_masked: bool
 
     @property
-    def counts(self) -> tuple[int, int, int]:
-        """Tiles, query slots per tile, key slots per tile."""
-        return self.keys.shape[0], self.queries.shape[1], self.keys.shape[1]
+    def num_tiles(self) -> int:
+        """Tiles on the axis."""
+        return self.keys.shape[0]
+
+    @property
+    def tile(self) -> int:
+        """Query slots per tile."""
+        return self.queries.shape[1]
+
+    @property
+    def span(self) -> int:
+        """Key slots per tile."""
+        return self.keys.shape[1]
+
+
+class NeighborhoodAxis(NamedTuple):
+    """Settings of an axis of `neighborhood_attention`, the window clamped to the longest group."""
+
+    length: int
+    window_size: int
+    stride: int
+    dilation: int
+    is_causal: bool
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest dilation group."""
+        return -(-self.length // self.dilation)
+
+    @property
+    def is_whole(self) -> bool:
+        """True if every query sees its whole dilation group."""
+        return self.window_size >= self.longest and not self.is_causal
+
+    def span(self, tile: int) -> int:
+        """Keys that a tile visits; `tile` is a multiple or a divisor of the stride."""
+        return min(self.longest, self.window_size + max(tile - self.stride, 0))
+
+    def num_tiles(self, tile: int) -> int:
+        """Tiles on the axis."""
+        return self.dilation * -(-self.longest // tile)
+
+    def tables(self, tile: int, device: torch.device | str | None = None) -> AxisTables:
+        """Tables for tiles of `tile` queries of one dilation group."""
+        tiles, span = -(-self.longest // tile), self.span(tile)
+        number = torch.arange(self.dilation * tiles, device=device)[:, None]
+        group = number // tiles  # [n, 1]
+        group_length = (self.length - group + self.dilation - 1) // self.dilation
+        query = number % tiles * tile + torch.arange(tile, device=device)  # in the group
+        is_query = query < group_length
+        query = torch.minimum(query, group_length - 1).clamp(min=0)
+        first, last = first_and_last(
+            query, group_length, self.window_size, self.stride, self.is_causal
+        )
+        key = first[:, :1] + torch.arange(span, device=device)
+        key = torch.minimum(key, group_length - 1).clamp(min=0)
+        shared = tile <= self.stride or self.is_whole
+        return AxisTables(
+            query * self.dilation + group,
+            is_query,
+            key * self.dilation + group,
+            first - first[:, :1],
+            last + 1 - first[:, :1],
+            self.is_causal or not shared or self.length % self.dilation != 0,
+        )
+
+    def count_pairs(self) -> int:
+        """Query-key pairs on the axis."""
+        total = 0
+        for group in range(self.dilation):
+            length = (self.length - group + self.dilation - 1) // self.dilation
+            if not self.is_causal:
+                total += length * min(self.window_size, length)
+                continue
+            for query in range(length):
+                leader = min(query // self.stride * self.stride + self.stride - 1, length - 1)
+                total += query - max(leader - self.window_size + 1, 0) + 1
+        return total
+
+
+class WindowAxis(NamedTuple):
+    """Settings of an axis of `window_attention`, the window clamped to the axis."""
+
+    length: int
+    window_size: int
+    shift: int
+    is_strided: bool
+    is_causal: bool
+
+    @property
+    def num_windows(self) -> int:
+        """Windows on the axis."""
+        return -(-self.length // self.window_size)
+
+    @property
+    def is_whole(self) -> bool:
+        """True if one window covers the axis and hides nothing."""
+        return self.num_windows == 1 and not self.is_causal
+
+    def tables(
+        self, device: torch.device | str | None = None, shift: Tensor | None = None
+    ) -> AxisTables:
+        """Tables with one tile per window; `shift` (int64 `[]`) stands in for the field."""
+        tiles = self.num_windows
+        size = -(-self.length // tiles) if self.is_strided else self.window_size
+        tile = torch.arange(tiles, device=device)[:, None]
+        slot = torch.arange(size, device=device)
+        step, start = (tiles, tile) if self.is_strided else (1, tile * size)
+        count = ((self.length - start + step - 1) // step).clamp(max=size)  # [n, 1]
+        inside = torch.minimum(slot, count - 1)
+        offset = self.shift if shift is None else shift
+        coordinate = (start + inside * step + offset) % self.length
+        low = torch.zeros_like(inside)
+        high = count.expand(tiles, size)
+        if self.is_causal:  # in ascending order what a query sees is one interval again
+            coordinate = torch.where(slot < count, coordinate, self.length).sort(1).values
+            coordinate = coordinate.gather(1, inside)
+            high = torch.minimum(high, slot + 1)
+        is_masked = self.is_causal or size * tiles != self.length
+        return AxisTables(coordinate, slot < count, coordinate, low, high, is_masked)
+
+    def count_pairs(self) -> int:
+        """Query-key pairs on the axis."""
+        tiles = self.num_windows
+        if self.is_strided:
+            sizes = [-(-(self.length - i) // tiles) for i in range(tiles)]
+        else:
+            last = self.length - (tiles - 1) * self.window_size
+            sizes = [self.window_size] * (tiles - 1) + [last]
+        return sum(n * (n + 1) // 2 if self.is_causal else n * n for n in sizes)
+
+
+Axis = NeighborhoodAxis | WindowAxis
 
 
 def first_and_last(
@@ -74,88 +205,3 @@ def first_key(
     group_length = (length - group + dilation - 1) // dilation
     first, _ = first_and_last(coordinate // dilation, group_length, window_size, stride, is_causal)
     return first * dilation + group
-
-
-def neighborhood_span(length: int, window_size: int, stride: int, dilation: int, tile: int) -> int:
-    """Keys that a tile of queries visits on one axis; `tile` divides `stride` or the reverse."""
-    longest = -(-length // dilation)
-    return min(longest, window_size + max(tile - stride, 0))
-
-
-def neighborhood_tables(
-    length: int,
-    window_size: int,
-    *,
-    stride: int = 1,
-    dilation: int = 1,
-    is_causal: bool = False,
-    tile: int,
-    device: torch.device | str | None = None,
-) -> AxisTables:
-    """Tables of a neighborhood axis, a tile of queries inside one dilation group each.
-
-    Args:
-        length: Tokens on the axis.
-        window_size: Keys per query.
-        stride: Queries that share one window.
-        dilation: Distance of neighboring keys.
-        is_causal: True if a query sees no key behind it.
-        tile: Queries per tile, a multiple or a divisor of `stride`.
-        device: Where the tables live.
-    """
-    longest = -(-length // dilation)
-    tiles = -(-longest // tile)
-    span = neighborhood_span(length, window_size, stride, dilation, tile)
-    group = torch.arange(dilation * tiles, device=device)[:, None] // tiles  # [n, 1]
-    start = torch.arange(dilation * tiles, device=device)[:, None] % tiles * tile
-    group_length = (length - group + dilation - 1) // dilation
-    query = start + torch.arange(tile, device=device)  # [n, tile], in the group
-    is_query = query < group_length
-    query = torch.minimum(query, group_length - 1).clamp(min=0)
-    first, last = first_and_last(query, group_length, window_size, stride, is_causal)
-    key = first[:, :1] + torch.arange(span, device=device)  # [n, span]
-    visible = (key[:, None] >= first[..., None]) & (key[:, None] <= last[..., None])
-    visible = visible | ~is_query[..., None]
-    key = torch.minimum(key, group_length - 1).clamp(min=0)
-    is_full = span == longest and window_size >= longest and length % dilation == 0
-    return AxisTables(
-        (query * dilation + group).clamp(max=length - 1),
-        is_query,
-        (key * dilation + group).clamp(max=length - 1),
-        visible,
-        is_full and longest % tile == 0 and not is_causal,
-    )
-
-
-def window_tables(
-    length: int,
-    window_size: int,
-    *,
-    shift: Shift = 0,
-    strided: bool = False,
-    is_causal: bool = False,
-    device: torch.device | str | None = None,
-) -> AxisTables:
-    """Tables of a partitioned axis: each window is a tile whose queries see its keys.
-
-    Args:
-        length: Tokens on the axis.
-        window_size: Tokens per window, the last one may be short.
-        shift: Cyclic shift; the windows are cut after coordinate `shift` came to 0.
-        strided: True for windows of every n-th token, n the number of windows.
-        is_causal: True if a query sees no key behind it.
-        device: Where the tables live.
-    """
-    tiles = -(-length // window_size)
-    size = -(-length // tiles) if strided else min(window_size, length)
-    tile = torch.arange(tiles, device=device)[:, None]
-    slot = torch.arange(size, device=device)
-    rolled = slot * tiles + tile if strided else tile * size + slot  # [n, size]
-    is_token = rolled < length
-    coordinate = (rolled.clamp(max=length - 1) + shift) % length
-    visible = is_token[:, None, :].expand(tiles, size, size)
-    if is_causal:
-        visible = visible & (coordinate[:, None, :] <= coordinate[:, :, None])
-    visible = visible | ~is_token[..., None]
-    is_full = size * tiles == length and not is_causal
-    return AxisTables(coordinate, is_token, coordinate, visible, is_full)

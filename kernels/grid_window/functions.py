@@ -21,13 +21,12 @@ from .arguments import (
     check_window,
     per_axis,
 )
-from .axes import AxisTables, neighborhood_tables, window_tables
+from .axes import NeighborhoodAxis, WindowAxis
+from .backends import BACKENDS
+from .ops import grid_window
+from .pattern import Pattern
 from .reference import masked_attention, neighborhood_mask, window_mask
 from .tiled import tiled_attention
-from .tiles import choose_tile
-
-BACKENDS = ("torch", "reference")
-HALF_SPEED_ROWS = 32
 
 PerAxis = int | Sequence[int]
 CausalAxes = bool | Sequence[bool]
@@ -71,7 +70,8 @@ def neighborhood_attention(
         attn_mask: bool (True is seen) or added to the scores; broadcasts to `[B, H, S, S]`.
         scale: Factor of the scores, `1 / sqrt(D)` by default.
         return_lse: Also return the natural log-sum-exp of the scaled scores.
-        backend: One of `BACKENDS`; None picks one.
+        backend: `native`, `torch` (no operator of ours in a traced graph) or `reference`; None
+            picks one.
 
     Returns:
         Output `[B, H, S, D_v]`, or `(output, lse)` with lse float32 `[B, H, S]`. A query that sees
@@ -96,12 +96,8 @@ def neighborhood_attention(
             is_causal=is_causal,
         )
         return _result(masked_attention(q, k, v, seen, attn_mask=mask, scale=scale), return_lse)
-    tile = choose_tile(axes, HALF_SPEED_ROWS)
-    tables = [
-        neighborhood_tables(n, w, stride=s, dilation=d, is_causal=c, tile=size, device=q.device)
-        for (n, w, s, d, c), size in zip(axes, tile, strict=True)
-    ]
-    return _run_tables(q, k, v, layout, tables, mask, scale, return_lse)
+    t, y, x = [NeighborhoodAxis(*axis) for axis in axes]
+    return _run(q, k, v, Pattern(layout, (t, y, x)), mask, None, scale, return_lse, backend)
 
 
 def window_attention(
@@ -144,7 +140,8 @@ def window_attention(
         is_causal: Whether a query sees no key after it on an axis; one value or one per axis.
         scale: Factor of the scores, `1 / sqrt(D)` by default.
         return_lse: Also return the natural log-sum-exp of the scaled scores.
-        backend: One of `BACKENDS`; None picks one.
+        backend: `native`, `torch` (no operator of ours in a traced graph) or `reference`; None
+            picks one.
 
     Returns:
         Output `[B, H, S, D_v]`, or `(output, lse)` with lse float32 `[B, H, S]`. A query that sees
@@ -169,11 +166,13 @@ def window_attention(
             is_causal=is_causal,
         )
         return _result(masked_attention(q, k, v, seen, attn_mask=mask, scale=scale), return_lse)
-    tables = [
-        window_tables(n, w, shift=s, strided=strided, is_causal=c, device=q.device)
-        for n, w, s, c in axes
-    ]
-    return _run_tables(q, k, v, layout, tables, mask, scale, return_lse)
+    if isinstance(shift, Tensor):
+        offsets = shift.to(torch.int64).expand(3)
+        t, y, x = [WindowAxis(n, w, 0, strided, c) for n, w, _, c in axes]
+    else:
+        offsets = None
+        t, y, x = [WindowAxis(n, w, s, strided, c) for n, w, s, c in axes]
+    return _run(q, k, v, Pattern(layout, (t, y, x)), mask, offsets, scale, return_lse, backend)
 
 
 def branches_coincide(grid: TokenGrid | Sequence[int], window_size: PerAxis) -> bool:
@@ -198,25 +197,35 @@ def _result(pair: tuple[Tensor, Tensor | None], return_lse: bool) -> Any:
     return pair if return_lse else pair[0]
 
 
-def _run_tables(
+def _run(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    grid: TokenGrid,
-    tables: list[AxisTables],
+    pattern: Pattern,
     attn_mask: Tensor | None,
+    shift: Tensor | None,
     scale: float | None,
     return_lse: bool,
+    backend: str | None,
 ) -> Any:
-    """Dense attention where one tile is everything, tiles otherwise."""
-    if not return_lse and all(t.is_full and t.counts[0] == 1 for t in tables):
+    """Run the operator, or its PyTorch route in the open where that was asked for or is needed."""
+    learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
+    if not return_lse and pattern.is_dense and (learned or backend != "native"):
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(q.dtype)
         gqa = q.shape[1] != k.shape[1]
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=gqa
         )
-    pair = tiled_attention(
-        q, k, v, grid, tables, attn_mask=attn_mask, scale=scale, with_lse=return_lse
-    )
+    factor = q.shape[-1] ** -0.5 if scale is None else scale
+    if backend == "torch" or learned:
+        tables = pattern.tables(q.device, shift)
+        pair = tiled_attention(
+            q, k, v, pattern.grid, tables, attn_mask=attn_mask, scale=factor, with_lse=return_lse
+        )
+        return _result(pair, return_lse)
+    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    grid, axes = pattern.encode()
+    with_lse = return_lse or needs_grad
+    pair = grid_window(q, k, v, attn_mask, shift, grid, axes, factor, with_lse, backend or "")
     return _result(pair, return_lse)

@@ -1,0 +1,97 @@
+"""A pattern on a grid, as one value that operators can carry: plain integers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from retrofit.grid import TokenGrid
+
+from .arguments import Size
+from .axes import Axis, AxisTables, NeighborhoodAxis, WindowAxis
+from .tiles import GATHER_COST, TileCost, choose_tile, order_axes
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Grid and settings of its three axes, all of one kind."""
+
+    grid: TokenGrid
+    axes: tuple[Axis, Axis, Axis]
+
+    @property
+    def is_dense(self) -> bool:
+        """True if every token sees every other."""
+        return all(axis.is_whole and axis_dilation(axis) == 1 for axis in self.axes)
+
+    @property
+    def order(self) -> Size:
+        """Axis numbers, slowest first, in which kernels walk a tile."""
+        return order_axes([axis.is_whole for axis in self.axes])
+
+    def tables(
+        self,
+        device: torch.device | str | None = None,
+        shift: Tensor | None = None,
+        cost: TileCost = GATHER_COST,
+    ) -> list[AxisTables]:
+        """Tables of the three axes; `shift` (int64 `[3]`) replaces the shifts of the settings."""
+        tile = self.tile(cost)
+        tables = []
+        for i, axis in enumerate(self.axes):
+            if isinstance(axis, NeighborhoodAxis):
+                tables.append(axis.tables(tile[i], device))
+            else:
+                tables.append(axis.tables(device, None if shift is None else shift[i]))
+        return tables
+
+    def tile(self, cost: TileCost) -> Size:
+        """Queries per tile on each axis."""
+        t, y, x = self.axes
+        if isinstance(t, NeighborhoodAxis):
+            assert isinstance(y, NeighborhoodAxis)
+            assert isinstance(x, NeighborhoodAxis)
+            return choose_tile((t, y, x), self.order, cost)
+        return t.window_size, y.window_size, x.window_size
+
+    def count_pairs(self) -> int:
+        """Query-key pairs that are seen, special tokens included."""
+        inner = math.prod([axis.count_pairs() for axis in self.axes])
+        special = self.grid.num_special_tokens
+        return inner + special * (self.grid.num_tokens + self.grid.num_grid_tokens)
+
+    def encode(self) -> tuple[list[int], list[int]]:
+        """Integers for `decode`: the grid and the axes."""
+        grid = self.grid
+        counts = [grid.num_prefix_tokens, grid.num_suffix_tokens, grid.num_frame_prefix_tokens]
+        kind = int(isinstance(self.axes[0], WindowAxis))
+        axes = [[*axis[:3], int(axis[3]), int(axis[4])] for axis in self.axes]
+        return [*grid.shape, *counts], [kind, *axes[0], *axes[1], *axes[2]]
+
+    @classmethod
+    def decode(cls, grid: Sequence[int], axes: Sequence[int]) -> Pattern:
+        """The pattern of two lists of integers."""
+        layout = TokenGrid(
+            frames=grid[0],
+            height=grid[1],
+            width=grid[2],
+            num_prefix_tokens=grid[3],
+            num_suffix_tokens=grid[4],
+            num_frame_prefix_tokens=grid[5],
+        )
+        t, y, x = [
+            WindowAxis(n[0], n[1], n[2], bool(n[3]), bool(n[4]))
+            if axes[0]
+            else NeighborhoodAxis(n[0], n[1], n[2], n[3], bool(n[4]))
+            for n in (axes[1:6], axes[6:11], axes[11:16])
+        ]
+        return cls(layout, (t, y, x))
+
+
+def axis_dilation(axis: Axis) -> int:
+    """Distance of the keys on an axis."""
+    return axis.dilation if isinstance(axis, NeighborhoodAxis) else 1
