@@ -1,4 +1,4 @@
-"""Pi3: a decoder that attends within a frame and over all frames in turn, ours or the original's."""
+"""Pi3: a decoder that attends within a frame and over all frames in turn, ours or theirs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from retrofit.sites import AttentionSite, Network, argument
 
 
 def recognises(module: nn.Module) -> bool:
-    """An encoder, one list of decoder blocks over register tokens, and the three heads' decoders."""
+    """An encoder, one list of decoder blocks over register tokens, and the heads' decoders."""
     parts = ("encoder", "decoder", "register_token", "point_decoder", "camera_decoder")
     return has_parts(module, *parts) and isinstance(module.decoder, nn.ModuleList)
 

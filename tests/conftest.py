@@ -1,0 +1,13 @@
+"""Settings of every test run."""
+
+from __future__ import annotations
+
+import os
+
+# Tiny tensors gain nothing from threads, and waiting threads slow down everything beside them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+
+torch.set_num_threads(1)
