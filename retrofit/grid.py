@@ -1,17 +1,14 @@
-"""How a token sequence maps to frames x height x width, and the orders it is walked in."""
+"""How a token sequence maps to frames x height x width."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from retrofit.errors import GridError
 
 if TYPE_CHECKING:
     import torch
-
-TokenOrder = Literal["raster", "hilbert", "tiles"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,19 +87,6 @@ class TokenGrid:
         return f"{self.frames}x{self.height}x{self.width}{special}"
 
 
-@lru_cache(maxsize=64)
-def special_positions(grid: TokenGrid) -> tuple[int, ...]:
-    """Sequence positions of the special tokens, ascending."""
-    per_frame = grid.num_frame_prefix_tokens + grid.height * grid.width
-    first = grid.num_prefix_tokens
-    positions = list(range(first))
-    for frame in range(grid.frames):
-        start = first + frame * per_frame
-        positions += range(start, start + grid.num_frame_prefix_tokens)
-    end = first + grid.frames * per_frame
-    return (*positions, *range(end, end + grid.num_suffix_tokens))
-
-
 def split_positions(
     grid: TokenGrid, device: torch.device | str = "cpu"
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -114,7 +98,22 @@ def split_positions(
     """
     import torch
 
-    special = torch.tensor(special_positions(grid), dtype=torch.int64, device=device)
-    is_grid = torch.ones(grid.num_tokens, dtype=torch.bool, device=device)
-    is_grid[special] = False
-    return special, is_grid.nonzero().flatten()
+    start, special = grid.num_prefix_tokens, grid.num_frame_prefix_tokens
+    inside = grid.height * grid.width
+    frames = start + torch.arange(grid.frames, device=device)[:, None] * (special + inside)
+    parts = [
+        torch.arange(start, device=device),
+        (frames + torch.arange(special, device=device)).flatten(),
+        torch.arange(grid.num_tokens - grid.num_suffix_tokens, grid.num_tokens, device=device),
+    ]
+    tokens = frames + special + torch.arange(inside, device=device)
+    return torch.cat(parts), tokens.flatten()
+
+
+def kept_pairs(grid: TokenGrid, fraction: float) -> float:
+    """Fraction of all query-key pairs, when `fraction` of those between grid tokens is kept.
+
+    Pairs with a special token on either side are always kept.
+    """
+    dropped = (1.0 - fraction) * grid.num_grid_tokens**2
+    return 1.0 - dropped / grid.num_tokens**2

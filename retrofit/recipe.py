@@ -125,9 +125,7 @@ def make_method(
     ]
     values: dict[str, Any] = {}
     for key in fields.keys() & parameters.keys():
-        value = parameters[key]
-        value = tuple(value) if isinstance(value, list) else value
-        value = _widen(value, hints[key])
+        value = _widen(_as_tuples(parameters[key]), hints[key])
         if not _fits(value, hints[key]):
             problems.append(f"{key}: expected {_spell(hints[key])}, got {parameters[key]!r}.")
         values[key] = value
@@ -146,6 +144,9 @@ def with_parameters(method: Method, parameters: dict[str, Any]) -> Method:
         ConfigError: If one does not exist or has a wrong value.
     """
     present = Recipe(method=method).to_dict()["parameters"]
+    for group in method.alternatives:  # the one that is given now takes the others' place
+        if any(parameters.get(name) is not None for name in group):
+            present.update(dict.fromkeys(group))
     changed, problems = make_method(type(method), {**present, **parameters})
     if changed is None:
         raise ConfigError(f"{method.name}: " + " ".join(problems))
@@ -183,6 +184,11 @@ def _names(data: Mapping[str, Any], key: str, problems: list[str]) -> tuple[str,
         return tuple(value)
     problems.append(f"{key}: expected a list of names, got {value!r}.")
     return ()
+
+
+def _as_tuples(value: Any) -> Any:
+    """Lists as tuples, all the way down."""
+    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
 
 
 def _widen(value: Any, hint: Any) -> Any:

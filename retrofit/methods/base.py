@@ -47,12 +47,20 @@ class Method:
     A stateless method defines `build` only. One that depends on the denoising step defines
     `schedule` too, whose integers its operators read from `state.values`; one that changes more
     than attention defines `handlers`.
+
+    Attributes:
+        name: As in `retrofit methods` and in recipes.
+        summary: One line for people.
+        paper: Where it was published.
+        lossy: What happens to the output.
+        alternatives: Groups of settings of which one is given; setting another takes its place.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
     lossy: ClassVar[str] = "lossy: the output differs from the dense model's"
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
     @property
     def needs_steps(self) -> bool:

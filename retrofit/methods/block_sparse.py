@@ -1,0 +1,226 @@
+"""Block-sparse attention: pooled queries and keys say which blocks are worth attending to.
+
+Paper: https://arxiv.org/abs/2509.07120 (section 4). Departure: every special key is seen by every
+query; the original shows the special keys that share a block with the last grid tokens only where
+that block is chosen (`upstream_selection`).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+
+from retrofit.errors import ConfigError, UnsupportedError
+from retrofit.grid import TokenGrid
+from retrofit.kernels import block_sparse_attention, lists_from_mask, select_blocks
+from retrofit.methods.base import Method, Operator
+from retrofit.methods.block_choice import choose_under_mask, visible_keys
+from retrofit.methods.block_layout import Arranged, arrange, full_mask, join_masks, mask_rows
+from retrofit.methods.window_sizes import check_keep
+from retrofit.run_state import RunState
+from retrofit.sites import AttentionSite, Network
+from retrofit.token_order import TokenOrder
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlockSparseConfig(Method):
+    """Settings of block-sparse attention.
+
+    Attributes:
+        keep: Fraction of the key blocks that each query block attends to, rounded down, at least
+            one block. None leaves the choice to `mass`.
+        mass: Softmax mass over the pooled scores that the chosen blocks add up to (at most). With
+            `keep` given too, the larger of both choices.
+        block_size: Query and key tokens of a block. Fewer tokens than a few blocks stay dense:
+            take smaller blocks for short texts.
+        pooling: How the tokens of a block become one: their mean, or their maximum per channel.
+        order: The order in which tokens are cut into blocks: `raster`, along a `hilbert` curve in
+            each frame, or in square `tiles` of a key block each.
+        upstream_selection: Cut blocks over grid and special keys together, as the original does.
+    """
+
+    name: ClassVar[str] = "block-sparse"
+    summary: ClassVar[str] = "each block of queries attends to the blocks of keys that matter to it"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2509.07120"
+
+    keep: float | None = 0.5
+    mass: float | None = None
+    block_size: tuple[int, int] = (128, 64)
+    pooling: Literal["avg", "max"] = "avg"
+    order: TokenOrder = "raster"
+    upstream_selection: bool = False
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ConfigError: With every mistake at once.
+        """
+        problems = check_keep(self.keep)
+        if self.mass is not None and not 0 <= self.mass <= 1:
+            problems.append(f"mass: expected 0 <= mass <= 1, got {self.mass}.")
+        if self.keep is None and self.mass is None:
+            problems.append("keep, mass: expected at least one of them, got neither.")
+        if min(self.block_size) < 1:
+            problems.append(f"block_size: expected 1 or more, got {self.block_size}.")
+        if problems:
+            raise ConfigError(" ".join(problems))
+
+    def skips(self, site: AttentionSite, network: Network) -> str | None:
+        """Takes self-attention over the whole input."""
+        if site.scope == "frame":
+            return "attention within a frame"
+        return super().skips(site, network)
+
+    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
+        """Blocks of this grid's tokens."""
+        return BlockSparse(config=self, grid=grid)
+
+
+@dataclass(kw_only=True)
+class BlockSparse:
+    """The operator for one grid.
+
+    Attributes:
+        config: The method's settings.
+        grid: Layout of the tokens.
+        block_map: Blocks of the latest eager call, bool `[B, H, n_q, n_k]`, the blocks of special
+            keys last; None before the first call and where it was dense.
+        real: Keys that the mask of that call showed, bool `[B, S]`, or None for all.
+    """
+
+    config: BlockSparseConfig
+    grid: TokenGrid
+    block_map: Tensor | None = field(default=None, init=False)
+    real: Tensor | None = field(default=None, init=False)
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend, tensors `[B, H, S, D]`.
+
+        Raises:
+            UnsupportedError: If the call is causal.
+        """
+        if is_causal:
+            raise UnsupportedError(
+                "block-sparse: expected attention without `is_causal`, got it. Leave that site "
+                "out with `sites`."
+            )
+        if self._is_dense():
+            return _attend(query, key, value, attn_mask, scale)
+        attn_mask = full_mask(attn_mask, key.shape[2])
+        parts = self._arrange(query, key, attn_mask)
+        block_map = self._choose(parts, scale)
+        if not torch.compiler.is_compiling():
+            self.block_map = block_map
+            self.real = None if attn_mask is None else visible_keys(attn_mask)
+        out = block_sparse_attention(
+            parts.query,
+            parts.key,
+            value if parts.is_plain else value.index_select(2, parts.columns),
+            self._as_lists(block_map, parts.mask),
+            block_size=self.config.block_size,
+            attn_mask=join_masks(parts.mask, parts.shown),
+            scale=scale,
+        )
+        if parts.is_plain:
+            return out
+        order = torch.cat([parts.special, parts.tokens]).argsort()
+        special = query.index_select(2, parts.special)
+        mask = None if attn_mask is None else mask_rows(attn_mask, parts.special)
+        seeing_all = _attend(special, key, value, mask, scale)
+        return torch.cat([seeing_all, out], 2).index_select(2, order)
+
+    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
+        """Fraction of the pairs of visible tokens that the latest call computed."""
+        if self._is_dense():
+            return 1.0
+        parts = self._arrange(query, key, None)
+        block_map = self._choose(parts, None) if self.block_map is None else self.block_map
+        real = self.real
+        if real is None:
+            real = torch.ones(1, self.grid.num_tokens, dtype=torch.bool, device=query.device)
+        shown = real[:, parts.columns]
+        if parts.shown is not None:
+            shown = shown & parts.shown.view(1, -1)
+        block_q, block_k = self.config.block_size
+        num_q, num_k = _sums(real[:, parts.tokens], block_q), _sums(shown, block_k)
+        pairs = (block_map * num_q[:, None, :, None] * num_k[:, None, None]).sum((2, 3)).mean(1)
+        total = real.sum(1).double()
+        pairs = pairs + self.grid.num_special_tokens * total
+        return (pairs.sum() / (total**2).expand_as(pairs).sum()).item()
+
+    def _is_dense(self) -> bool:
+        """Whether every block is kept whatever the scores are."""
+        blocks = _count(self.grid.num_grid_tokens, self.config.block_size[1])
+        keep = self.config.keep
+        return blocks == 1 or (keep is not None and int(blocks * keep) >= blocks)
+
+    def _arrange(self, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Arranged:
+        return arrange(
+            query,
+            key,
+            attn_mask,
+            grid=self.grid,
+            order=self.config.order,
+            block=self.config.block_size[1],
+            share_blocks=self.config.upstream_selection,
+        )
+
+    def _choose(self, parts: Arranged, scale: float | None) -> Tensor:
+        """Blocks of grid keys by their pooled scores, and every further block of special keys."""
+        num_tokens = self.grid.num_grid_tokens
+        choose = select_blocks
+        if parts.mask is not None:
+            choose = functools.partial(choose_under_mask, mask=parts.mask[..., :num_tokens])
+        block_map = choose(
+            parts.query,
+            parts.key[:, :, :num_tokens],
+            block_size=self.config.block_size,
+            keep=self.config.keep,
+            mass=self.config.mass,
+            pooling=self.config.pooling,
+            scale=scale,
+        )
+        always = _count(parts.key.shape[2], self.config.block_size[1]) - block_map.shape[3]
+        return pad(block_map, (0, always), value=True) if always else block_map
+
+    def _as_lists(self, block_map: Tensor, mask: Tensor | None) -> Any:
+        """The same as lists where the longest row is known without waiting for the device."""
+        block_q, block_k = self.config.block_size
+        blocks = _count(self.grid.num_grid_tokens, block_k)
+        if self.config.mass is not None or self.config.keep is None:
+            return block_map
+        longest = max(1, int(blocks * self.config.keep)) + block_map.shape[3] - blocks
+        if mask is not None:  # a row's own blocks may come on top
+            longest = longest + _count(block_q, block_k) + 1
+        return lists_from_mask(block_map, max_count=min(longest, block_map.shape[3]))
+
+
+def _attend(
+    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
+) -> Tensor:
+    gqa = query.shape[1] != key.shape[1]
+    return scaled_dot_product_attention(query, key, value, attn_mask, scale=scale, enable_gqa=gqa)
+
+
+def _count(length: int, block: int) -> int:
+    return -(-length // block)
+
+
+def _sums(x: Tensor, block: int) -> Tensor:
+    """Sums per block, `[B, S]` to float64 `[B, ceil(S / block)]`."""
+    return pad(x.double(), (0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(2)

@@ -1,0 +1,164 @@
+"""Neighborhoods: every token sees the tokens around it, as many at the border as elsewhere.
+
+Paper: https://arxiv.org/abs/2504.16922 (section 3, generalized neighborhood attention). Departure:
+a dilation is lowered on an axis that the dilated window would not fit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from retrofit.errors import ConfigError
+from retrofit.grid import TokenGrid, kept_pairs
+from retrofit.kernels import neighborhood_attention
+from retrofit.methods.base import Method, Operator
+from retrofit.methods.window_sizes import (
+    Size,
+    check_at_least_one,
+    check_causal,
+    check_window_settings,
+    choose_windows,
+    neighborhood_sizes,
+    per_axis,
+)
+from retrofit.run_state import RunState
+from retrofit.sites import AttentionSite
+
+DEFAULT_KEEP = 0.25
+CausalAxes = tuple[bool, bool, bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class NeighborhoodConfig(Method):
+    """Settings of neighborhoods; of `window_size` and `keep` one is given, else `keep` is 0.25.
+
+    Three values mean frames, height and width (a text runs along width), one value means all.
+
+    Attributes:
+        window_size: Keys a query sees per axis, itself included; an even window leans to the left.
+            A window as large as the grid is dense.
+        keep: Fraction of the query-key work that remains, from which the window is chosen for the
+            number of tokens of each call, as near to a cube as the grid allows.
+        stride: Queries that share one window: as large as the window, it cuts the grid into blocks.
+        dilation: Distance of neighboring keys.
+        is_causal: Whether a query sees nothing after it on an axis (frames of a video).
+    """
+
+    name: ClassVar[str] = "neighborhood"
+    summary: ClassVar[str] = "a window around every token, pushed inward at the borders"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2504.16922"
+    alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("window_size", "keep"),)
+
+    window_size: int | Size | None = None
+    keep: float | None = None
+    stride: int | Size = 1
+    dilation: int | Size = 1
+    is_causal: bool | CausalAxes = False
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ConfigError: With every mistake at once.
+        """
+        problems = check_window_settings(self.window_size, self.keep)
+        problems += check_at_least_one("stride", self.stride)
+        problems += check_at_least_one("dilation", self.dilation)
+        if self.window_size is not None:
+            pairs = zip(per_axis(self.window_size), per_axis(self.stride), strict=True)
+            if any(stride > window for window, stride in pairs):
+                problems.append(
+                    f"stride: expected at most window_size {self.window_size}, got {self.stride}."
+                )
+        if problems:
+            raise ConfigError(" ".join(problems))
+        if self.window_size is None and self.keep is None:
+            object.__setattr__(self, "keep", DEFAULT_KEEP)
+
+    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
+        """A neighborhood of every token of this grid."""
+        if self.window_size is not None:
+            size = per_axis(self.window_size)
+        else:
+            keep = DEFAULT_KEEP if self.keep is None else self.keep
+            size = choose_windows(grid.shape, keep, neighborhood_sizes, lambda n, w: w / n)
+        causal = self.is_causal
+        return _Neighborhoods(
+            grid=grid,
+            window_size=size,
+            stride=_each(min, per_axis(self.stride), size),
+            dilation=_each(_fitting_dilation, per_axis(self.dilation), grid.shape, size),
+            is_causal=(causal, causal, causal) if isinstance(causal, bool) else causal,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Neighborhoods:
+    grid: TokenGrid
+    window_size: Size
+    stride: Size
+    dilation: Size
+    is_causal: CausalAxes
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        check_causal(self.grid, is_causal, "neighborhood")
+        return neighborhood_attention(
+            query,
+            key,
+            value,
+            grid=self.grid,
+            window_size=self.window_size,
+            stride=self.stride,
+            dilation=self.dilation,
+            is_causal=tuple(is_causal or axis for axis in self.is_causal),
+            attn_mask=attn_mask,
+            scale=scale,
+        )
+
+    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
+        """A token sees the keys of its window, and the special ones."""
+        kept = 1.0
+        for axis, length in enumerate(self.grid.shape):
+            kept *= _kept_on_axis(
+                length,
+                self.window_size[axis],
+                self.stride[axis],
+                self.dilation[axis],
+                self.is_causal[axis],
+            )
+        return kept_pairs(self.grid, kept)
+
+
+def _each(function: Callable[..., int], *sizes: Size) -> Size:
+    frames, height, width = map(function, *sizes)
+    return frames, height, width
+
+
+def _fitting_dilation(dilation: int, length: int, window: int) -> int:
+    return max(1, min(dilation, length // min(window, length)))
+
+
+def _kept_on_axis(length: int, window: int, stride: int, dilation: int, is_causal: bool) -> float:
+    """Fraction of an axis's pairs that are seen."""
+    place = torch.arange(length)
+    group_length = (length - place % dilation + dilation - 1) // dilation
+    if not is_causal:
+        return group_length.clamp(max=window).sum().item() / length**2
+    query = place // dilation
+    leader = torch.minimum(query // stride * stride + stride - 1, group_length - 1)
+    first = (leader - window + 1).clamp(min=0)
+    return (query - first + 1).sum().item() / length**2

@@ -1,0 +1,182 @@
+"""T3: contiguous and strided boxes of a video in turn, another cut of the grid at every block.
+
+Paper: https://arxiv.org/abs/2512.13492 (transform trained transformer). Departures: a grid that the
+cut does not divide has short last boxes; where both kinds of box hold the same tokens, one is
+computed; without a given cycle the cut is planned from the grid.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from retrofit.errors import ConfigError, UnsupportedError
+from retrofit.grid import TokenGrid, kept_pairs
+from retrofit.kernels import window_attention
+from retrofit.kernels.grid_window import branches_coincide
+from retrofit.methods.base import Method, Operator
+from retrofit.methods.window_sizes import Size, partition_fraction
+from retrofit.run_state import RunState
+from retrofit.sites import AttentionSite, Network
+
+# Shapes of the planned boxes after the first: frames, as a fraction of all; area, in units of the
+# square root of a frame's tokens; height over width. They give the published cycle of the 4K grid
+# 21 x 136 x 240, and at 480p to 1080p the published cost within a tenth.
+PLANNED = ((1.0, 0.31, 1.0), (1.0, 0.7, 3.0), (1 / 3, 1.4, 1 / 3), (1 / 7, 3.8, 1 / 2))
+NEAR = 1.5
+
+
+@dataclass(frozen=True, kw_only=True)
+class T3Config(Method):
+    """Settings of T3.
+
+    Attributes:
+        cycle: How many boxes frames, height and width are cut into, for one block after the other
+            and then again from the start. None plans five cuts for the grid of each call: frames
+            one by one, all frames in small boxes of two shapes, and boxes short in time.
+    """
+
+    name: ClassVar[str] = "t3"
+    summary: ClassVar[str] = "near and far boxes of a video, cut differently at every block"
+    paper: ClassVar[str] = "https://arxiv.org/abs/2512.13492"
+    lossy: ClassVar[str] = "lossy: without a short fine-tune the output is noise"
+
+    cycle: tuple[Size, ...] | None = None
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ConfigError: With every mistake at once.
+        """
+        if self.cycle is None:
+            return
+        problems = [
+            f"cycle[{i}]: expected 1 or more boxes an axis, got {counts}."
+            for i, counts in enumerate(self.cycle)
+            if min(counts) < 1
+        ]
+        if not self.cycle:
+            problems.append("cycle: expected at least one cut, got none. Leave it out to plan one.")
+        if problems:
+            raise ConfigError(" ".join(problems))
+
+    def refuses(self, network: Network) -> str | None:
+        """Needs self-attention over a grid."""
+        if any(site.kind == "self" and site.grid_source is not None for site in network.sites):
+            return None
+        return "it needs self-attention over a grid of known height and width"
+
+    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
+        """The boxes of this site's place in the cycle."""
+        if self.cycle is None:
+            counts = plan_counts(grid.shape, site.index)
+        else:
+            counts = self.cycle[site.index % len(self.cycle)]
+        frames, height, width = (
+            -(-length // min(count, length))
+            for length, count in zip(grid.shape, counts, strict=True)
+        )
+        return Boxes(grid=grid, window_size=(frames, height, width))
+
+
+def plan_counts(shape: Size, index: int) -> Size:
+    """How many boxes each axis of a grid is cut into at a place of the cycle of five.
+
+    Numbers that divide an axis are preferred to those that leave a short last box.
+    """
+    frames, height, width = shape
+    place = index % (len(PLANNED) + 1)
+    if place == 0:
+        return frames, 1, 1
+    part, area, ratio = PLANNED[place - 1]
+    area *= math.sqrt(height * width)
+    rows = min(max(math.sqrt(area * ratio), 1.0), height)
+    columns = min(max(area / rows, 1.0), width)
+    return (
+        _count_near(frames, frames * part),
+        _count_near(height, rows),
+        _count_near(width, columns),
+    )
+
+
+def _count_near(length: int, side: float) -> int:
+    """Boxes of an axis whose length is near `side`."""
+    nearby = range(max(1, math.ceil(side / NEAR)), min(length, math.floor(side * NEAR)) + 1)
+    dividing = [size for size in nearby if length % size == 0]
+    if dividing:
+        return length // min(dividing, key=lambda size: max(size / side, side / size))
+    return min(length, max(1, round(length / side)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Boxes:
+    """The mean of attention inside contiguous boxes and inside strided ones of the same number."""
+
+    grid: TokenGrid
+    window_size: Size
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend, tensors `[B, H, S, D]`.
+
+        Raises:
+            UnsupportedError: If the call is causal.
+        """
+        if is_causal:
+            raise UnsupportedError(
+                "t3: expected attention without `is_causal`, got it. Leave that site out with "
+                "`sites`."
+            )
+        near = self.attend(query, key, value, attn_mask, scale, strided=False)
+        if branches_coincide(self.grid, self.window_size):
+            return near
+        return (near + self.attend(query, key, value, attn_mask, scale, strided=True)) / 2
+
+    def attend(  # noqa: PLR0913 - an attention call
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None,
+        scale: float | None,
+        *,
+        strided: bool,
+    ) -> Tensor:
+        """Attention inside one kind of box."""
+        return window_attention(
+            query,
+            key,
+            value,
+            grid=self.grid,
+            window_size=self.window_size,
+            strided=strided,
+            attn_mask=attn_mask,
+            scale=scale,
+        )
+
+    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
+        """Work of both kinds of box, pairs that are in both twice; of one where they coincide."""
+        near = math.prod(map(partition_fraction, self.grid.shape, self.window_size))
+        if branches_coincide(self.grid, self.window_size):
+            return kept_pairs(self.grid, near)
+        far = math.prod(map(_strided_fraction, self.grid.shape, self.window_size))
+        return kept_pairs(self.grid, near) + kept_pairs(self.grid, far)
+
+
+def _strided_fraction(length: int, window: int) -> float:
+    """Fraction of an axis's pairs inside strided boxes."""
+    count = -(-length // window)
+    size, longer = divmod(length, count)
+    return (longer * (size + 1) ** 2 + (count - longer) * size**2) / length**2

@@ -1,0 +1,112 @@
+"""Window sizes as a user gives them: keys per axis, or the fraction of the work to keep."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Sequence
+
+from retrofit.errors import UnsupportedError
+from retrofit.grid import TokenGrid
+
+Size = tuple[int, int, int]
+Fraction = Callable[[int, int], float]
+
+
+def per_axis(value: int | Size) -> Size:
+    """One value for frames, height and width from one value or three."""
+    return (value, value, value) if isinstance(value, int) else value
+
+
+def check_window_settings(window_size: int | Size | None, keep: float | None) -> list[str]:
+    """What is wrong with the two settings, of which one must be given."""
+    problems = []
+    if window_size is not None and keep is not None:
+        problems.append(
+            f"window_size, keep: expected one of them, got {window_size} and {keep}. Leave one out."
+        )
+    if window_size is not None:
+        problems += check_at_least_one("window_size", window_size)
+    return problems + check_keep(keep)
+
+
+def check_at_least_one(name: str, value: int | Size) -> list[str]:
+    """What is wrong with sizes that must be 1 or more."""
+    if min(per_axis(value)) < 1:
+        return [f"{name}: expected 1 or more, got {value}."]
+    return []
+
+
+def check_keep(keep: float | None) -> list[str]:
+    """What is wrong with the fraction of the work that remains."""
+    if keep is not None and not 0 < keep <= 1:
+        return [f"keep: expected 0 < keep <= 1, the fraction that remains, got {keep}."]
+    return []
+
+
+def check_causal(grid: TokenGrid, is_causal: bool, method: str) -> None:
+    """Refuse a causal call anywhere but on a plain sequence, where "after" means one thing.
+
+    Raises:
+        UnsupportedError: If the call is causal and the grid has more than one axis.
+    """
+    if is_causal and (grid.frames > 1 or grid.height > 1 or grid.num_special_tokens):
+        raise UnsupportedError(
+            f"{method}: expected attention without `is_causal` on the grid {grid}, got it. "
+            "Leave that site out with `sites`."
+        )
+
+
+def partition_fraction(length: int, window: int) -> float:
+    """Fraction of an axis's pairs inside windows of a partition; the last window may be short."""
+    window = min(window, length)
+    whole, rest = length // window, length % window
+    return (whole * window**2 + rest**2) / length**2
+
+
+def partition_sizes(length: int, side: float) -> list[int]:
+    """Windows near `side` that cut an axis evenly."""
+    counts = {math.floor(length / side), math.ceil(length / side)}
+    return [-(-length // min(max(count, 1), length)) for count in sorted(counts)]
+
+
+def neighborhood_sizes(length: int, side: float) -> list[int]:
+    """Windows near `side` around a query."""
+    return [min(max(size, 1), length) for size in sorted({math.floor(side), math.ceil(side)})]
+
+
+def choose_windows(
+    shape: Sequence[int],
+    keep: float,
+    sizes: Callable[[int, float], list[int]],
+    fraction: Fraction,
+) -> Size:
+    """The windows nearest to a cube whose pairs are nearest to `keep` of all.
+
+    All of them is the answer for `keep` 1 only: what is cut into windows keeps at most half.
+
+    Args:
+        shape: Tokens along frames, height and width.
+        keep: Fraction of the pairs that is wanted.
+        sizes: Windows near a length that an axis can have.
+        fraction: What one window keeps of one axis's pairs.
+    """
+    sides = _clipped_cube(shape, keep)
+    choices = [sizes(length, side) for length, side in zip(shape, sides, strict=True)]
+
+    def distance(windows: tuple[int, ...]) -> tuple[bool, float]:
+        kept = math.prod(map(fraction, shape, windows))
+        return kept == 1.0 and keep < 1.0, max(kept / keep, keep / kept)
+
+    frames, height, width = min(itertools.product(*choices), key=distance)
+    return frames, height, width
+
+
+def _clipped_cube(shape: Sequence[int], keep: float) -> list[float]:
+    """Sides of a box of `keep` of the volume: equal, or the whole axis where that is shorter."""
+    sides = [0.0] * len(shape)
+    volume, axes = keep * math.prod(shape), len(shape)
+    for axis in sorted(range(len(shape)), key=lambda axis: shape[axis]):
+        sides[axis] = min(float(shape[axis]), volume ** (1 / axes))
+        volume, axes = volume / sides[axis], axes - 1
+    return sides
