@@ -5,13 +5,13 @@ from __future__ import annotations
 from torch import nn
 
 from retrofit.errors import UnsupportedError
-from retrofit.families import pi3, unet2d, vggt, wan
+from retrofit.families import encoder, pi3, unet2d, vggt, vit, wan
 from retrofit.families.base import Family
 
 __all__ = ["FAMILIES", "Family", "find_family", "require_family"]
 
 FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (unet2d, wan, vggt, pi3)
+    module.FAMILY.name: module.FAMILY for module in (encoder, vit, unet2d, wan, vggt, pi3)
 }
 
 

@@ -5,26 +5,52 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import nn
 
-from retrofit.families.base import Family, has_parts
+from retrofit.errors import UnsupportedError
+from retrofit.families.base import Family, find_attention, find_multihead, has_parts
+from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.grid import TokenGrid
 from retrofit.sites import AttentionSite, Level, Network, argument
 
+DEFAULT = "call `set_default_attn_processor()` on the network"
+SOFTMAX = f"its processor computes the softmax itself: {DEFAULT}"
+SLICED = "attention slicing computes the softmax itself: call `disable_attention_slicing()`"
+XFORMERS = (
+    "xformers does not go through PyTorch's attention function: call "
+    "`disable_xformers_memory_efficient_attention()`"
+)
 NOT_INTERCEPTED = {
-    "AttnProcessor": "its processor computes the softmax itself",
-    "SlicedAttnProcessor": "attention slicing computes the softmax itself",
-    "XFormersAttnProcessor": "xformers does not go through PyTorch's attention function",
+    "AttnProcessor": SOFTMAX,
+    "CustomDiffusionAttnProcessor": SOFTMAX,
+    "IPAdapterAttnProcessor": SOFTMAX,
+    "SlicedAttnProcessor": SLICED,
+    "XFormersAttnProcessor": XFORMERS,
+    "CustomDiffusionXFormersAttnProcessor": XFORMERS,
+    "IPAdapterXFormersAttnProcessor": XFORMERS,
 }
 
 
 def recognises(module: nn.Module) -> bool:
-    """Down blocks with resnets and a middle block, and either up blocks or a ControlNet's taps."""
-    if not has_parts(module, "conv_in", "down_blocks", "mid_block", "time_embedding"):
+    """Down blocks with resnets, and either up blocks or a ControlNet's taps.
+
+    All attention in these blocks must be over one feature map, alone or with a text: temporal
+    layers, gated ones and text tokens among the keys of self-attention are other architectures.
+    """
+    if not has_parts(module, "conv_in", "down_blocks", "time_embedding"):
         return False
     if not (has_parts(module, "up_blocks") or has_parts(module, "controlnet_down_blocks")):
         return False
-    return all(hasattr(block, "resnets") for block in module.down_blocks)  # type: ignore[union-attr]
+    if not all(has_parts(block, "resnets") for _, block, _ in _parts(module)):
+        return False
+    parts = [block for _, block, _ in _parts(module)]
+    listed = {attention for _, attention, *_ in _attention_modules(module)}
+    return (
+        listed == {attention for part in parts for attention in find_attention(part)}
+        and not any(has_parts(attention, "added_kv_proj_dim") for attention in listed)
+        and not any(find_multihead(part) for part in parts)
+    )
 
 
 def describe(module: Any) -> Network:
@@ -58,7 +84,7 @@ def describe(module: Any) -> Network:
         levels=_levels(module),
         grid_readers={source: read_feature_map for _, _, source, _, _ in found},
         sample_size=_pair(getattr(module.config, "sample_size", None)),
-        unreachable=unreachable,
+        unreachable=unreachable | find_multihead(module),
     )
 
 
@@ -74,7 +100,7 @@ def _attention_modules(module: Any) -> Iterator[tuple[str, Any, str, int, int]]:
     for prefix, part, level in _parts(module):
         for i, holder in enumerate(getattr(part, "attentions", None) or []):
             source = f"{prefix}.attentions.{i}"
-            if hasattr(holder, "to_q"):  # an attention that takes the feature map itself
+            if has_parts(holder, "to_q"):  # an attention that takes the feature map itself
                 yield source, holder, source, block, level
                 block += 1
             for j, transformer in enumerate(getattr(holder, "transformer_blocks", None) or []):
@@ -91,7 +117,8 @@ def _parts(module: Any) -> Iterator[tuple[str, Any, int]]:
     depth = len(module.down_blocks)
     for i, part in enumerate(module.down_blocks):
         yield f"down_blocks.{i}", part, i
-    yield "mid_block", module.mid_block, depth - 1
+    if module.mid_block is not None:
+        yield "mid_block", module.mid_block, depth - 1
     for i, part in enumerate(getattr(module, "up_blocks", None) or []):
         yield f"up_blocks.{i}", part, depth - 1 - i
 
@@ -134,6 +161,48 @@ def _pair(size: Any) -> tuple[int, int] | None:
     return (size, size) if isinstance(size, int) else (int(size[0]), int(size[1]))
 
 
+def _native_size(module: Any) -> InputSize:
+    height, width = _pair(getattr(module.config, "sample_size", None)) or (64, 64)
+    return InputSize(height=height, width=width)
+
+
+def _probe_sizes(module: Any) -> tuple[InputSize, ...]:
+    native, deepest = _native_size(module), 2 ** (len(module.down_blocks) - 1)
+    sides = [max(deepest, native.height * step // 4 // deepest * deepest) for step in (2, 4, 8)]
+    return tuple(InputSize(height=side, width=side) for side in sides)
+
+
+def _make_latents(module: Any, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
+    config = module.config
+    width = config.cross_attention_dim
+    width = config.encoder_hid_dim or (width if isinstance(width, int) else width[0])
+    inputs = {
+        "sample": normal((1, config.in_channels, size.height, size.width), generator),
+        "timestep": torch.tensor(951),
+        "encoder_hidden_states": normal((1, 77, width), generator),
+    }
+    if config.addition_embed_type == "text_time":
+        # the network only sees the two concatenated, so six sizes also fit one trained with five
+        text = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        pixels = (8.0 * size.height, 8.0 * size.width)
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": normal((1, text), generator),
+            "time_ids": torch.tensor([[*pixels, 0.0, 0.0, *pixels]]),
+        }
+    elif config.addition_embed_type not in (None, "text"):
+        raise UnsupportedError(
+            f"{type(module).__name__}: no example inputs for addition_embed_type "
+            f"{config.addition_embed_type!r}. Use --no-proof."
+        )
+    if getattr(config, "num_class_embeds", None) is not None:
+        inputs["class_labels"] = torch.zeros(1, dtype=torch.int64)
+    if has_parts(module, "controlnet_cond_embedding"):
+        sides = len(config.conditioning_embedding_out_channels) - 1
+        picture = (1, config.conditioning_channels, size.height << sides, size.width << sides)
+        inputs["controlnet_cond"] = normal(picture, generator)
+    return inputs
+
+
 FAMILY = Family(
     name="unet2d",
     summary="UNets of Stable Diffusion 1.x, 2.x, XL and Turbo, and their ControlNets",
@@ -145,4 +214,11 @@ FAMILY = Family(
     recognises=recognises,
     describe=describe,
     denoises=True,
+    inputs=Examples(
+        axes=("size",),
+        native=_native_size,
+        probes=_probe_sizes,
+        make=_make_latents,
+        latent_scale=(1, 8),
+    ),
 )

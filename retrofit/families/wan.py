@@ -1,12 +1,14 @@
-"""Video transformers of Wan 2.1 and 2.2, text- and image-to-video, as in diffusers."""
+"""Video transformers of Wan 2.1 and 2.2: text- and image-to-video, VACE, as in diffusers."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
 
-from retrofit.families.base import Family, has_parts
+from retrofit.families.base import Family, find_attention, has_parts, own_part
+from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.grid import TokenGrid
 from retrofit.sites import AttentionSite, Network, argument
 
@@ -17,39 +19,55 @@ def recognises(module: nn.Module) -> bool:
         return False
     if not isinstance(module.patch_embedding, nn.Conv3d):
         return False
-    return all(has_parts(block, "attn1", "attn2") for block in module.blocks)  # type: ignore[union-attr]
+    blocks = [block for _, _, block in _blocks(module)]
+    if not all(has_parts(block, "attn1", "attn2") for block in blocks):
+        return False
+    # attention elsewhere (faces, poses, references) makes another architecture
+    listed = {attention for block in blocks for attention in (block.attn1, block.attn2)}
+    return listed == set(find_attention(module))
 
 
 def describe(module: Any) -> Network:
     """Two sites a block: self-attention over the video, cross-attention to the text."""
-    sites = []
-    for i, block in enumerate(module.blocks):
+    sites, unreachable = [], {}
+    for index, (path, number, block) in enumerate(_blocks(module)):
         for name in ("attn1", "attn2"):
             attention = getattr(block, name)
             sites.append(
                 AttentionSite(
-                    path=f"blocks.{i}.{name}",
-                    index=i,
-                    block=i,
+                    path=f"{path}.{name}",
+                    index=index,
+                    block=number,
                     kind="self" if name == "attn1" else "cross",
                     num_heads=attention.heads,
                     head_dim=attention.inner_dim // attention.heads,
                     grid_source="",
-                    num_calls=1 if attention.add_k_proj is None else 2,
+                    num_calls=2 if has_parts(attention, "add_k_proj") else 1,
                 )
             )
-    unreachable = {
-        f"blocks.{i}.{name}": f"its attention backend is {backend}, which is not PyTorch's"
-        for i, block in enumerate(module.blocks)
-        for name in ("attn1", "attn2")
-        if (backend := _foreign_backend(getattr(block, name).processor))
-    }
+            backend = _foreign_backend(attention.processor)
+            if backend is not None:
+                unreachable[f"{path}.{name}"] = (
+                    f"its attention backend is {backend!r}, which is not PyTorch's: call "
+                    '`set_attention_backend("native")` on the network'
+                )
     return Network(
         family=FAMILY.name,
         sites=tuple(sites),
         grid_readers={"": read_latents},
         unreachable=unreachable,
     )
+
+
+def _blocks(module: Any) -> list[tuple[str, int, Any]]:
+    """Path, number and block, in order of execution: VACE's control blocks run before the others.
+
+    The control blocks are numbered behind the others, which so keep the numbers they have in
+    networks without control.
+    """
+    control = list(own_part(module, "vace_blocks") or [])
+    main = [(f"blocks.{i}", i, block) for i, block in enumerate(module.blocks)]
+    return [(f"vace_blocks.{i}", len(main) + i, block) for i, block in enumerate(control)] + main
 
 
 def read_latents(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenGrid:
@@ -67,11 +85,51 @@ def _foreign_backend(processor: Any) -> str | None:
     return None if name is None or str(name).startswith(("native", "_native")) else str(name)
 
 
+TEXT_LENGTH = 512  # diffusers tells image from text tokens by it
+PROBES = ((2, 8, 8), (3, 16, 16), (5, 32, 32), (3, 64, 64), (3, 64, 112))
+
+
+def _probe_sizes(module: Any) -> tuple[InputSize, ...]:
+    _, rows, columns = module.config.patch_size
+    return tuple(
+        InputSize(frames=frames, height=height // 2 * rows, width=width // 2 * columns)
+        for frames, height, width in PROBES
+    )
+
+
+def _make_latents(module: Any, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
+    config = module.config
+    shape = (size.frames, size.height, size.width)
+    with_image = config.image_dim is not None
+    text = (1, TEXT_LENGTH if with_image else 64, config.text_dim)
+    inputs = {
+        "hidden_states": normal((1, config.in_channels, *shape), generator),
+        "timestep": torch.tensor([951]),
+        "encoder_hidden_states": normal(text, generator),
+    }
+    if with_image:
+        # with a position table for a first and a last picture, one row each
+        both = config.pos_embed_seq_len
+        image = (1, 257, config.image_dim) if both is None else (2, both // 2, config.image_dim)
+        inputs["encoder_hidden_states_image"] = normal(image, generator)
+    if "vace_in_channels" in config:
+        control = (1, config.vace_in_channels, *shape)
+        inputs["control_hidden_states"] = normal(control, generator)
+    return inputs
+
+
 FAMILY = Family(
     name="wan",
-    summary="Wan 2.1 and 2.2 video transformers, text- and image-to-video",
+    summary="Wan 2.1 and 2.2 video transformers: text- and image-to-video, VACE",
     examples=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", "Wan-AI/Wan2.2-TI2V-5B-Diffusers"),
     recognises=recognises,
     describe=describe,
     denoises=True,
+    inputs=Examples(
+        axes=("size", "frames"),
+        native=lambda module: InputSize(frames=21, height=60, width=104),
+        probes=_probe_sizes,
+        make=_make_latents,
+        latent_scale=(4, 8),
+    ),
 )
