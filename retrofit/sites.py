@@ -82,7 +82,7 @@ class Network:
         sites: Every attention site, in order of execution.
         levels: Its resolutions, for a UNet.
         grid_readers: For each `AttentionSite.grid_source`, how to read the grid there.
-        sample_size: Height and width of the input (latents, else pixels) it was trained at, where the
+        sample_size: Height and width, in latents or else pixels, that it was trained at, where the
             config says.
         unreachable: Attention modules that never reach the interception point, with the reason.
         name: The network's name in its pipeline (`unet`), filled in when a patch is installed.
