@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import outlines
 from numpy.typing import NDArray
-from outlines import Array, Mask, components, distance_to_background, holes
+from outlines import Array, Mask, bounding_box, components, distance_to_background, holes
 from PIL import Image, UnidentifiedImageError
 
 HUES = {  # degrees
@@ -64,6 +64,8 @@ def find_objects(picture: NDArray[np.uint8]) -> list[Found]:
     least = LEAST_AREA * vivid.size
     found = []
     for patch in components(vivid > STRONG):
+        if patch.sum() < least:
+            continue
         for one_color in _split_by_hue(pixels, patch, least):
             level = float(np.percentile(vivid[one_color], 75))
             solid = one_color & (vivid > 0.5 * level)
@@ -141,6 +143,8 @@ def _split_at_necks(mask: Mask, least: float) -> list[Mask]:
     """Cut a patch of one colour where it is much narrower than on both sides."""
     if mask.sum() < least:
         return []
+    whole, around = mask, bounding_box(mask)
+    mask = whole[around]
     filled = mask.copy()
     for hole in holes(mask):
         filled |= hole  # else a ring is one long neck
@@ -157,9 +161,14 @@ def _split_at_necks(mask: Mask, least: float) -> list[Mask]:
         if len(bodies) > max(1, len(best)):
             best = bodies
     if not best:
-        return [mask]
+        return [whole]
     nearest = np.argmin([distance_to_background(~body) for body in best], axis=0)
-    return [mask & (nearest == index) for index in range(len(best))]
+    parts = []
+    for index in range(len(best)):
+        part = np.zeros_like(whole)
+        part[around] = mask & (nearest == index)
+        parts.append(part)
+    return parts
 
 
 def _is_thick(mask: Mask) -> bool:

@@ -101,7 +101,7 @@ def build_vae() -> AutoencoderKL:
         block_out_channels=(16, 32, 64, 64),
         layers_per_block=1,
         latent_channels=4,
-        norm_num_groups=8,
+        norm_num_groups=4,
         sample_size=SIZE,
         mid_block_add_attention=False,
     )

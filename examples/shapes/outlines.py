@@ -13,7 +13,7 @@ Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
 
 LEAST_OVERLAP = 0.78  # intersection over union with the best ideal shape
-HOLE = 0.015  # of the patch: smaller holes are noise
+HOLE = 0.006  # of the patch: smaller holes are noise
 PATCH_SIDE = 72  # longer side of a patch while it is compared, pixels
 
 
@@ -56,11 +56,26 @@ def grow(mask: Mask) -> Mask:
     return grown
 
 
+def bounding_box(mask: Mask) -> tuple[slice, slice]:
+    """Return the part of the picture that holds the mask, with a rim of a pixel where it can."""
+    if not mask.any():
+        return slice(0, 0), slice(0, 0)
+    rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
+    top, left = max(0, int(rows[0]) - 1), max(0, int(columns[0]) - 1)
+    return slice(top, int(rows[-1]) + 2), slice(left, int(columns[-1]) + 2)
+
+
 def distance_to_background(mask: Mask) -> Array:
     """Return every pixel's distance to the nearest one outside the mask (Euclidean, in pixels).
 
     What lies beyond the picture counts as neither inside nor outside.
     """
+    around = bounding_box(mask)
+    inner = mask[around]
+    if inner.size < mask.size:
+        result = np.zeros(mask.shape)
+        result[around] = distance_to_background(inner)
+        return result
     height, width = mask.shape
     far = float(height + width)
     column = np.where(mask, far, 0.0)
@@ -208,37 +223,45 @@ def _best_centered(mask: Mask, *, turned: bool) -> tuple[str, float]:
 
 def _best_cut(mask: Mask) -> tuple[str, float]:
     """Return the ideal shape that overlaps most when it may reach beyond the picture."""
-    step = 2
-    small = mask[step // 2 :: step, step // 2 :: step]
-    y, x = (np.indices(small.shape) + 0.5) * step
-    return max((_climb(ideal, small, x, y) for ideal in ideals(turned=False)), key=lambda i: i[1])
+    fits = [Fit(ideal, mask) for ideal in ideals(turned=False)]
+    best = sorted(fits, key=lambda fit: -fit.overlap)[:6]
+    return max((fit.climb() for fit in best), key=lambda item: item[1])
 
 
-def _climb(ideal: Ideal, mask: Mask, x: Array, y: Array) -> tuple[str, float]:
-    """Look for the place and radius at which a shape overlaps most, from coarse to fine."""
-    longest = max(np.ptp(x[mask]), np.ptp(y[mask]))
+class Fit:
+    """The search for the place and radius at which an ideal shape overlaps most with a patch."""
 
-    def score(spot: Array) -> float:
-        covered = ideal.covers((x - spot[0]) / spot[2], (y - spot[1]) / spot[2])
-        return _overlap(mask, covered)
+    def __init__(self, ideal: Ideal, mask: Mask):
+        """Start from the best of a coarse grid of places and radii."""
+        step = 2
+        self.ideal, self.mask = ideal, mask[step // 2 :: step, step // 2 :: step]
+        self.y, self.x = (np.indices(self.mask.shape) + 0.5) * step
+        self.longest = float(max(np.ptp(self.x[self.mask]), np.ptp(self.y[self.mask])))
+        right, bottom = self.x.max(), self.y.max()
+        spots = [
+            np.array([u * right, v * bottom, radius * self.longest])
+            for u in (0.0, 0.25, 0.5, 0.75, 1.0)
+            for v in (0.0, 0.25, 0.5, 0.75, 1.0)
+            for radius in (0.5, 0.62, 0.8)
+        ]
+        self.overlap, _, self.spot = max(
+            (self.score(spot), i, spot) for i, spot in enumerate(spots)
+        )
 
-    across, down, sizes = (np.linspace(-0.1, 1.1, 5), np.linspace(-0.1, 1.1, 5), (0.5, 0.65, 0.9))
-    spots = [
-        np.array([u * x.max(), v * y.max(), radius * longest])
-        for u in across
-        for v in down
-        for radius in sizes
-    ]
-    moves = np.concatenate([np.eye(3), -np.eye(3)])
-    starts = sorted(spots, key=score)[-2:]
-    best = 0.0
-    for spot in starts:
-        reach = 0.15 * longest
+    def score(self, spot: Array) -> float:
+        """Return the overlap at a place and radius, x, y, r."""
+        across, down = (self.x - spot[0]) / spot[2], (self.y - spot[1]) / spot[2]
+        return _overlap(self.mask, self.ideal.covers(across, down))
+
+    def climb(self) -> tuple[str, float]:
+        """Move in ever smaller steps; return the shape's name and its overlap."""
+        moves = np.concatenate([np.eye(3), -np.eye(3)])
+        reach = 0.12 * self.longest
         while reach > 1:
-            candidate = max((spot + reach * move for move in moves), key=score)
-            if candidate[2] > 4 and score(candidate) > score(spot):
-                spot = candidate
+            spots = [self.spot + reach * move for move in moves]
+            best, index = max((self.score(spot), i) for i, spot in enumerate(spots))
+            if best > self.overlap and spots[index][2] > 4:
+                self.overlap, self.spot = best, spots[index]
             else:
                 reach /= 2
-        best = max(best, score(spot))
-    return ideal.name, best
+        return self.ideal.name, self.overlap

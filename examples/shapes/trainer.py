@@ -13,41 +13,26 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+AVERAGE_EVERY = 5  # steps
+
 LOG = logging.getLogger("shapes")
 
 
-class Pace:
-    """Compute with one thread or with all, whichever is faster now.
+def share_cores(most: int) -> None:
+    """Compute with one thread while other programs hold a core, else with `most`.
 
-    Where other programs hold a core, threads that wait for each other are slower than one alone
-    (three times with OMP_WAIT_POLICY=PASSIVE, thirty times without it).
+    Threads that wait for each other while a third program runs are slower than one alone (three
+    times with OMP_WAIT_POLICY=PASSIVE, thirty times without it, measured on two cores).
     """
-
-    def __init__(self) -> None:
-        """Start with the number of threads that torch has now."""
-        self.choices = sorted({1, torch.get_num_threads()})
-        self.tried: list[tuple[float, int]] = []
-        self.last = time.monotonic()
-
-    def tick(self, step: int) -> None:
-        """Note how long a step took; every 60 steps try each choice for three of them."""
-        now = time.monotonic()
-        turn, phase = divmod(step % 60, 3)
-        if step % 60 == 0:
-            self.tried.clear()
-        if phase and turn < len(self.choices):  # the first step after a change is slow
-            self.tried.append((now - self.last, torch.get_num_threads()))
-        if phase == 0 and turn < len(self.choices):
-            torch.set_num_threads(self.choices[turn])
-        elif phase == 0 and turn == len(self.choices) and self.tried:
-            torch.set_num_threads(min(self.tried)[1])
-        self.last = time.monotonic()
+    others = os.getloadavg()[0] - torch.get_num_threads()
+    torch.set_num_threads(most if others < 0.5 else 1)
 
 
 class Trainer:
     """Weights in training with their optimizer, running average and step, saved as one file.
 
-    The learning rate rises over 1% of the steps and falls linearly to zero over the last 40%.
+    The learning rate rises over 1% of the steps (50 at least) and falls linearly to zero over the
+    last 40%.
     """
 
     def __init__(self, module: nn.Module, path: Path, *, steps: int, rate: float, seed: int):
@@ -69,12 +54,12 @@ class Trainer:
         self.rng = np.random.default_rng(seed)
         self.step = 0
         self.losses: list[float] = []
-        self.pace = Pace()
+        self.threads = torch.get_num_threads()
         self.started = self.saved = time.monotonic()
 
     def update(self, loss: Tensor) -> None:
         """Take one step down the loss; log and save when it is time."""
-        rising, falling = max(1, self.steps // 100), max(1, int(0.4 * self.steps))
+        rising, falling = max(50, self.steps // 100), max(1, int(0.4 * self.steps))
         left = (self.steps - self.step) / falling
         for group in self.optimizer.param_groups:
             group["lr"] = self.rate * min(1.0, (self.step + 1) / rising, left)
@@ -83,14 +68,20 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        decay = min(0.999, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            pairs = zip(self.average.parameters(), self.module.parameters(), strict=True)
-            for average, parameter in pairs:
-                average.lerp_(parameter, 1 - decay)
+        if self.step % AVERAGE_EVERY == 0:
+            self._follow()
         self.losses.append(loss.item())
-        self.pace.tick(self.step)
+        if self.step % 20 == 1:
+            share_cores(self.threads)
         self._report()
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the running average towards the weights: over the last tenth, 1000 steps at most."""
+        rest = min(1.0, AVERAGE_EVERY / min(1000, 1 + self.step / 10))
+        average: list[Tensor] = list(self.average.parameters())
+        current: list[Tensor] = list(self.module.parameters())
+        torch._foreach_lerp_(average, current, rest)
 
     def _report(self) -> None:
         if not np.isfinite(self.losses[-1]):
