@@ -1,0 +1,128 @@
+"""What really happens in a forward: which module makes the attention call, on which tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from retrofit.families import require_family
+from retrofit.grid import TokenGrid
+from retrofit.methods import Method
+from retrofit.run_state import RunState
+from retrofit.sites import AttentionSite, Network
+
+
+@dataclass(frozen=True)
+class Call:
+    """One attention call of an unpatched model."""
+
+    path: str
+    query: tuple[int, ...]
+    key: tuple[int, ...]
+
+
+class Recorder(TorchFunctionMode):
+    """Notes every attention call with the innermost module that was running."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.calls: list[Call] = []
+        self.running: list[str] = []
+        self.hooks = [
+            hook
+            for path, part in model.named_modules()
+            for hook in (
+                part.register_forward_pre_hook(lambda *_, path=path: self.running.append(path)),
+                part.register_forward_hook(lambda *_: void(self.running.pop())),
+            )
+        ]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is scaled_dot_product_attention:
+            named = dict(zip(("query", "key", "value"), args, strict=False)) | kwargs
+            query, key = named["query"], named["key"]
+            self.calls.append(Call(self.running[-1], tuple(query.shape), tuple(key.shape)))
+        return func(*args, **kwargs)
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        for hook in self.hooks:
+            hook.remove()
+
+
+def void(_: Any) -> None:
+    """A forward hook that returns something would replace the output."""
+
+
+def describe(model: nn.Module) -> Network:
+    return require_family(model, "model").describe(model)
+
+
+class DenseOperator:
+    """Plain attention, so that a patch changes nothing."""
+
+    def __init__(self, site: AttentionSite, seen: list[tuple[int, ...]]) -> None:
+        self.site = site
+        self.seen = seen
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        self.seen.append(tuple(query.shape))
+        return scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal=is_causal, scale=scale
+        )
+
+    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
+        return 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseConfig(Method):
+    """Leaves every result as it is, and notes site, grid and shape of every call."""
+
+    name: ClassVar[str] = "dense"
+    summary: ClassVar[str] = "plain attention"
+    paper: ClassVar[str] = "none"
+    grids: ClassVar[list[tuple[AttentionSite, TokenGrid]]] = []
+    shapes: ClassVar[list[tuple[int, ...]]] = []
+
+    def skips(self, site: AttentionSite, network: Network) -> str | None:
+        return None
+
+    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> DenseOperator:
+        if not torch.compiler.is_compiling():
+            self.grids.append((site, grid))
+        return DenseOperator(site, [] if torch.compiler.is_compiling() else self.shapes)
+
+
+def clear_notes() -> None:
+    DenseConfig.grids.clear()
+    DenseConfig.shapes.clear()
+
+
+def snapshot(model: nn.Module) -> dict[str, dict[str, Any]]:
+    """Every module's own attributes; containers by content, everything else by identity."""
+    return {
+        path: {
+            name: {key: id(item) for key, item in value.items()}
+            if isinstance(value, dict)
+            else id(value)
+            for name, value in part.__dict__.items()
+        }
+        | {"__class__": type(part)}
+        for path, part in model.named_modules()
+    }
