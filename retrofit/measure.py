@@ -1,0 +1,171 @@
+"""Run one input of a comparison and time it, and say on what machine."""
+
+from __future__ import annotations
+
+import os
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import retrofit
+from retrofit.metrics import output_tensor
+from retrofit.networks import FoundNetwork, find_networks
+from retrofit.patching import Patch
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCall:
+    """One call of a network.
+
+    Attributes:
+        arguments: Keyword arguments of its forward, on the CPU.
+        step: Index of the denoising step and their number, for networks that denoise.
+        branch: `cond` or `uncond`, for guidance by two calls.
+    """
+
+    arguments: Mapping[str, Any]
+    step: tuple[int, int] | None = None
+    branch: str = "cond"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelInput:
+    """One input of a comparison: a text, a picture, or a short denoising schedule.
+
+    Attributes:
+        name: For tables.
+        calls: The calls made for it, in order; the outputs are compared together.
+        network: Name of the network in its pipeline; empty for a single network.
+        tokens: Tokens of its largest attention call, where known.
+    """
+
+    name: str
+    calls: tuple[ModelCall, ...]
+    network: str = ""
+    tokens: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Spread:
+    """Several measurements of one thing.
+
+    Attributes:
+        values: In order of the inputs (metrics) or of the measurements (seconds, speed).
+    """
+
+    values: tuple[float, ...]
+
+    def quantile(self, fraction: float) -> float:
+        """Value below which a fraction of the measurements lies, interpolated."""
+        ordered = torch.tensor(self.values, dtype=torch.float64)
+        return float(ordered.quantile(fraction))
+
+    @property
+    def median(self) -> float:
+        """The middle one."""
+        return self.quantile(0.5)
+
+    @property
+    def mean(self) -> float:
+        """Their sum over their number."""
+        return sum(self.values) / len(self.values)
+
+    def to_dict(self) -> dict[str, float]:
+        """Median, smallest, largest, and the mean."""
+        return {
+            "median": self.median,
+            "min": min(self.values),
+            "max": max(self.values),
+            "mean": self.mean,
+        }
+
+
+def find_network(target: Any, name: str) -> FoundNetwork:
+    """The network of a target that an input is for."""
+    found = find_networks(target)
+    return next((network for network in found if network.name == name), found[0])
+
+
+def run_input(module: torch.nn.Module, item: ModelInput, handle: Patch | None) -> Tensor:
+    """Call a network as an input says.
+
+    Returns:
+        The first floating tensor of every call's output, flattened behind the batch and joined
+        when there are several calls; as it is when there is one.
+    """
+    outputs = []
+    place = next(module.parameters())
+    for call in item.calls:
+        if handle is not None and call.step is not None:
+            handle.at_step(*call.step, branch=call.branch)
+        arguments = {k: _to(v, place) for k, v in call.arguments.items()}
+        outputs.append(output_tensor(module(**arguments)))
+    return outputs[0] if len(outputs) == 1 else torch.cat([o.flatten(1) for o in outputs], dim=1)
+
+
+def time_input(
+    module: torch.nn.Module, item: ModelInput, handle: Patch | None
+) -> tuple[Tensor, float]:
+    """The output for an input, and the seconds it took."""
+    _finish(module)
+    start = time.perf_counter()
+    output = run_input(module, item, handle)
+    _finish(module)
+    return output, time.perf_counter() - start
+
+
+def _finish(module: torch.nn.Module) -> None:
+    """Wait for the device."""
+    device = next(module.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _to(value: Any, place: Tensor) -> Any:
+    """Tensors on a parameter's device, floating ones in its dtype; containers likewise."""
+    if isinstance(value, Tensor):
+        return value.to(place.device, place.dtype if value.is_floating_point() else None)
+    if isinstance(value, Mapping):
+        return {key: _to(item, place) for key, item in value.items()}
+    return value
+
+
+def describe_machine(module: torch.nn.Module) -> dict[str, Any]:
+    """Device, dtype, versions, threads: what every report of a time must say."""
+    import diffusers
+    import transformers
+
+    place = next(module.parameters())
+    is_cuda = place.device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(place.device) if is_cuda else _processor(),
+        "dtype": str(place.dtype).removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "platform": platform.platform(),
+        "versions": {
+            "retrofit": retrofit.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "diffusers": diffusers.__version__,
+        },
+    }
+
+
+def load_average() -> float | None:
+    """Processes that wanted a core in the last minute, None where the system doesn't say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    for line in info.read_text().splitlines() if info.exists() else ():
+        if line.startswith("model name"):
+            return f"CPU, {line.split(':', 1)[1].strip()}"
+    return f"CPU, {platform.processor() or platform.machine()}"

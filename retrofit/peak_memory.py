@@ -1,0 +1,141 @@
+"""Peak memory, each variant in a fresh process of its own."""
+
+from __future__ import annotations
+
+import json
+import logging
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from retrofit.compare import Comparison, Progress, Row
+from retrofit.errors import RetrofitError
+from retrofit.measure import ModelInput, find_network, run_input
+from retrofit.patching import patch
+from retrofit.recipe import Recipe
+
+logger = logging.getLogger(__name__)
+KIB = 1024
+ALLOWANCE = (0.05, 16 * 2**20)  # fraction of dense, and bytes for packing
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryJob:
+    """What a child process opens and runs.
+
+    Attributes:
+        open_target: Picklable, gives the model or pipeline; both variants open it alike.
+        recipe: What to patch, as plain data; None for the dense model.
+        inputs: Run one after the other, twice.
+    """
+
+    open_target: Callable[[], Any]
+    recipe: dict[str, Any] | None
+    inputs: tuple[ModelInput, ...]
+
+
+def measure_peak_memory(job: MemoryJob) -> int:
+    """Peak memory, in bytes, of a fresh process that opens a model and runs it.
+
+    On a GPU this is `torch.cuda.max_memory_allocated`. Elsewhere it is the largest resident size
+    from the moment the model is open; where the system can't restart that mark, of the process's
+    whole life.
+
+    Raises:
+        RetrofitError: If the process fails.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "job.pickle"
+        file.write_bytes(pickle.dumps(job))
+        command = [sys.executable, "-m", "retrofit.peak_memory", str(file)]
+        done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        last = done.stderr.strip().splitlines()[-1:] or ["no message"]
+        raise RetrofitError(
+            f"peak memory: the measuring process ended with {done.returncode} ({last[0]}). "
+            "Compare without memory, or on smaller inputs."
+        )
+    return int(json.loads(done.stdout.splitlines()[-1])["peak_bytes"])
+
+
+def _run_job(job: MemoryJob) -> int:
+    target = job.open_target()
+    runs = [(find_network(target, item.network).module, item) for item in job.inputs]
+    handle = None if job.recipe is None else patch(target, Recipe.from_dict(job.recipe))
+    is_cuda = next(runs[0][0].parameters()).device.type == "cuda"
+    if is_cuda:
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        _restart_high_water_mark()
+    with torch.no_grad():
+        for module, item in (*runs, *runs):
+            run_input(module, item, handle)
+    return torch.cuda.max_memory_allocated() if is_cuda else _high_water_mark()
+
+
+def _restart_high_water_mark() -> None:
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError as error:
+        logger.info("peak memory counts the opening of the model too (%s)", error)
+
+
+def _high_water_mark() -> int:
+    """Largest resident size in bytes."""
+    status = Path("/proc/self/status")
+    if status.exists():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * KIB
+    if sys.platform == "win32":
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else KIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def with_peak_memory(
+    comparison: Comparison,
+    open_target: Callable[[], Any],
+    inputs: Sequence[ModelInput],
+    progress: Progress | None = None,
+) -> Comparison:
+    """The same comparison with every variant's peak memory, each measured in a fresh process.
+
+    Args:
+        comparison: What `compare_models` gave.
+        open_target: Picklable; opens the target as every child process does.
+        inputs: What each child runs; one, the largest, is enough.
+        progress: Called as `progress(what, done, total)`.
+    """
+    rows = []
+    for i, row in enumerate(comparison.rows):
+        if progress is not None:
+            progress(f"peak memory of {row.name}", i, len(comparison.rows))
+        recipe = None if row.recipe is None else row.recipe.to_dict()
+        job = MemoryJob(open_target=open_target, recipe=recipe, inputs=tuple(inputs))
+        rows.append(replace(row, peak_bytes=measure_peak_memory(job)))
+    return replace(comparison, rows=tuple(rows))
+
+
+def memory_exceeds(comparison: Comparison, row: Row) -> bool:
+    """Whether a variant's peak memory is above dense's by more than the allowance."""
+    if row.peak_bytes is None or comparison.dense.peak_bytes is None:
+        return False
+    fraction, packing = ALLOWANCE
+    return row.peak_bytes > comparison.dense.peak_bytes * (1 + fraction) + packing
+
+
+if __name__ == "__main__":
+    peak = _run_job(pickle.loads(Path(sys.argv[1]).read_bytes()))
+    sys.stdout.write(json.dumps({"peak_bytes": peak}) + "\n")
