@@ -167,6 +167,7 @@ class GuardRoot:
 
     Attributes:
         where: Name of the network, for messages.
+        installed: The recipe and the report of the patch, from which `patch_of` makes a handle.
     """
 
     def __init__(
@@ -178,6 +179,7 @@ class GuardRoot:
         sites: list[AttendAtSite],
     ) -> None:
         """Guard a network and the handlers of its patched sites."""
+        self.installed: tuple[Any, Any] | None = None
         self.where = where
         self.state = state
         self.method = method

@@ -71,6 +71,7 @@ class Patch:
             method=recipe.method.name, families=(), patched=(), skipped=(), changed=()
         )
         self.networks: list[tuple[FoundNetwork, Network]] = []
+        self.roots: list[GuardRoot] = []
         self._modules: list[nn.Module] = []
         self._contexts: list[nn.Module] = []
 
@@ -238,6 +239,8 @@ def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
         skipped=tuple(skipped),
         changed=tuple(changed),
     )
+    for root in handle.roots:
+        root.installed = handle.recipe, handle.report
 
 
 def _fits_any(config: type[Method], described: list[tuple[FoundNetwork, Network]]) -> bool:
@@ -268,6 +271,7 @@ def _install_network(
     ]
     root = GuardRoot(where=network.where(""), state=state, method=method, sites=sites)
     handle._install(network.module, root, network.where(""))
+    handle.roots.append(root)
     for path, extra_handler in extra:
         handle._install(module_of(network, path), extra_handler, network.where(path))
     for source, scope in scopes.items():
