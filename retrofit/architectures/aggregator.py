@@ -12,7 +12,12 @@ from torch import Tensor, nn
 
 from retrofit.architectures.blocks import Block
 from retrofit.architectures.dino_config import DinoConfig
-from retrofit.architectures.patch_embed import ConvPatchEmbed, DinoPatchEmbed, check_frames
+from retrofit.architectures.patch_embed import (
+    ConvPatchEmbed,
+    DinoPatchEmbed,
+    check_frames,
+    small_parameter,
+)
 from retrofit.architectures.rotary import Rotation, build_rotation, grid_positions
 from retrofit.architectures.vggt_config import AggregatorConfig
 from retrofit.grid import TokenGrid
@@ -45,10 +50,8 @@ class Aggregator(nn.Module):
         self.frame_blocks = nn.ModuleList(self._build_block() for _ in range(config.depth))
         self.global_blocks = nn.ModuleList(self._build_block() for _ in range(config.depth))
         # Slot 0 is for the reference frame, slot 1 for all others.
-        self.camera_token = nn.Parameter(torch.empty(1, 2, 1, dim).normal_(std=1e-6))
-        self.register_token = nn.Parameter(
-            torch.empty(1, 2, config.num_register_tokens, dim).normal_(std=1e-6)
-        )
+        self.camera_token = small_parameter(1, 2, 1, dim)
+        self.register_token = small_parameter(1, 2, config.num_register_tokens, dim)
 
     def _build_block(self) -> Block:
         config = self.config

@@ -43,10 +43,10 @@ class DinoPatchEmbed(nn.Module):
         self.config = config
         self.patch_embed = ConvPatchEmbed(config.patch_size, dim)
         num_patches = (config.img_size // config.patch_size) ** 2
-        self.cls_token = nn.Parameter(torch.empty(1, 1, dim).normal_(std=1e-6))
+        self.cls_token = small_parameter(1, 1, dim)
         self.pos_embed = nn.Parameter(torch.empty(1, num_patches + 1, dim))
         self.register_tokens = (
-            nn.Parameter(torch.empty(1, config.num_register_tokens, dim).normal_(std=1e-6))
+            small_parameter(1, config.num_register_tokens, dim)
             if config.num_register_tokens
             else None
         )
@@ -112,6 +112,14 @@ class DinoPatchEmbed(nn.Module):
         )
         patches = patches.permute(0, 2, 3, 1).reshape(1, height * width, -1)
         return torch.cat([table[:, :1], patches], dim=1).to(self.pos_embed.dtype)
+
+
+def small_parameter(*shape: int) -> nn.Parameter:
+    """A learned token as the originals start it: normal, standard deviation 1e-6.
+
+    Drawn with `trunc_normal_`, since `normal_` on the meta device imports the whole compiler.
+    """
+    return nn.Parameter(nn.init.trunc_normal_(torch.empty(shape), std=1e-6))
 
 
 def check_frames(images: Tensor, patch_size: int, where: str) -> tuple[int, int]:

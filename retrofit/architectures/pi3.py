@@ -17,7 +17,7 @@ from retrofit.architectures.aggregator import IMAGE_MEAN, IMAGE_STD
 from retrofit.architectures.blocks import Block
 from retrofit.architectures.chunks import map_frames
 from retrofit.architectures.loading import find_checkpoint, load_weights, save_checkpoint
-from retrofit.architectures.patch_embed import DinoPatchEmbed, check_frames
+from retrofit.architectures.patch_embed import DinoPatchEmbed, check_frames, small_parameter
 from retrofit.architectures.pi3_config import Pi3Config
 from retrofit.architectures.pi3_heads import EPS, HeadDecoder, PixelHead, PoseHead
 from retrofit.architectures.rotary import Rotation, build_rotation, grid_positions
@@ -56,8 +56,7 @@ class Pi3(nn.Module):
             Block(dim, decoder.dec_num_heads, eps=EPS, qk_norm=True, init_values=0.01)
             for _ in range(decoder.dec_depth)
         )
-        shape = (1, 1, self.num_special_tokens, dim)
-        self.register_token = nn.Parameter(torch.empty(shape).normal_(std=1e-6))
+        self.register_token = small_parameter(1, 1, self.num_special_tokens, dim)
         sizes = {"dim": head.dim, "num_heads": head.heads, "depth": head.depth}
         self.point_decoder = HeadDecoder(2 * dim, head.dim, **sizes)
         self.point_head = PixelHead(head.dim, patch_size, 3)

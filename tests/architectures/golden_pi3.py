@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from watching import watch_attention
 
 from retrofit.architectures.pi3 import Pi3
+from tests.architectures.watching import watch_attention
 
 
 def build(meta: dict[str, Any], weights: dict[str, Tensor]) -> Pi3:

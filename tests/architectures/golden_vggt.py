@@ -6,10 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from watching import watch_attention
 
 from retrofit.architectures.cameras import decode_pose, unproject_depth
 from retrofit.architectures.vggt import VGGT
+from tests.architectures.watching import watch_attention
 
 
 def build(meta: dict[str, Any], weights: dict[str, Tensor]) -> VGGT:

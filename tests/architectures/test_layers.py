@@ -7,13 +7,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
-from watching import Watch
 
 from retrofit.architectures.blocks import Attention, Block
 from retrofit.architectures.dino_config import DinoConfig
 from retrofit.architectures.patch_embed import ConvPatchEmbed, DinoPatchEmbed, check_frames
 from retrofit.architectures.rotary import build_rotation, grid_positions, rotate
 from retrofit.errors import InputError
+from tests.architectures.watching import Watch
 
 
 def rotate_by_complex_numbers(tokens: Tensor, positions: Tensor, base: float) -> Tensor:

@@ -6,11 +6,11 @@ import logging
 from typing import Any
 
 import pytest
-from small_networks import PI3_CONFIG, VGGT_CONFIG
 
 from retrofit.architectures.pi3_config import Pi3Config
 from retrofit.architectures.vggt_config import VGGTConfig
 from retrofit.errors import ConfigError
+from tests.architectures.small_networks import PI3_CONFIG, VGGT_CONFIG
 
 
 def changed(config: dict[str, Any], part: str, **settings: Any) -> dict[str, Any]:

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import PI3_CONFIG, small_pi3
 from torch import Tensor
-from watching import Watch
 
 from retrofit.architectures.pi3 import Pi3
 from retrofit.architectures.pi3_heads import PixelHead, PoseHead, nearest_rotation
 from retrofit.errors import InputError
 from retrofit.grid import TokenGrid
+from tests.architectures.small_networks import PI3_CONFIG, small_pi3
+from tests.architectures.watching import Watch
 
 NAMES = ("points", "local_points", "conf", "camera_poses")
 
@@ -127,15 +127,19 @@ def test_every_parameter_gets_a_gradient() -> None:
     assert missing == []
 
 
-def test_the_compiled_and_the_exported_network_agree_with_the_plain_one() -> None:
+def test_the_compiled_network_has_one_graph_and_the_same_result() -> None:
     sizes = {"dec_depth": 2, "head": PI3_CONFIG["head"] | {"depth": 1}}
     model, images = Pi3.from_config(PI3_CONFIG | sizes).eval(), some_images()
     with torch.no_grad():
         compiled = torch.compile(model, backend="aot_eager", fullgraph=True)(images)
-        exported = torch.export.export(model, (images,)).module()(images)
-    plain = predict(model, images)
-    assert_close(plain, compiled, rtol=1e-4, atol=1e-4)
-    assert_close(plain, exported, rtol=1e-4, atol=1e-4)
+    assert_close(predict(model, images), compiled, rtol=1e-4, atol=1e-4)
+
+
+def test_the_exported_network_has_the_same_result() -> None:
+    model, images = small_pi3(), some_images()
+    with torch.no_grad():
+        exported = torch.export.export(model, (images,), strict=False).module()(images)
+    assert_close(predict(model, images), exported, rtol=1e-4, atol=1e-4)
 
 
 def test_a_patch_token_becomes_the_pixels_of_its_patch() -> None:

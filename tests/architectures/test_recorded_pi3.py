@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from golden_cases import GOLDEN, find_cases, load_case, required, used_bound
-from golden_pi3 import reproduce
+
+from tests.architectures.golden_cases import GOLDEN, find_cases, load_case, required, used_bound
+from tests.architectures.golden_pi3 import reproduce
 
 PI3_CASES = find_cases("pi3")
 needs_data = pytest.mark.skipif(not GOLDEN.is_dir(), reason=f"no folder {GOLDEN}")

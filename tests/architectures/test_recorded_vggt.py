@@ -3,8 +3,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from golden_cases import GOLDEN, find_cases, load_case, required, used_bound
-from golden_vggt import reproduce, reproduce_sparse_dense_part
+
+from tests.architectures.golden_cases import GOLDEN, find_cases, load_case, required, used_bound
+from tests.architectures.golden_vggt import reproduce, reproduce_sparse_dense_part
 
 VGGT_CASES = find_cases("vggt")
 SPARSE_CASES = find_cases("sparse_vggt")

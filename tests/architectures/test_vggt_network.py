@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 import torch
-from small_networks import VGGT_CONFIG, small_vggt
 from torch import Tensor, nn
-from watching import Watch
 
 from retrofit.architectures.camera_head import CameraHead
 from retrofit.architectures.vggt import VGGT
 from retrofit.architectures.vggt_config import CameraHeadConfig
 from retrofit.errors import InputError
 from retrofit.grid import TokenGrid
+from tests.architectures.small_networks import VGGT_CONFIG, small_vggt
+from tests.architectures.watching import Watch
 
 DENSE = ("pose_enc", "depth", "depth_conf", "world_points", "world_points_conf")
 
@@ -224,8 +224,8 @@ def test_each_refinement_starts_from_the_detached_last_pose() -> None:
 
 
 def shallow_vggt() -> tuple[VGGT, Tensor]:
-    aggregator = VGGT_CONFIG["aggregator"] | {"depth": 2}
-    head = VGGT_CONFIG["depth_head"] | {"intermediate_layer_idx": [0, 0, 1, 1]}
+    aggregator = VGGT_CONFIG["aggregator"] | {"depth": 1}
+    head = VGGT_CONFIG["depth_head"] | {"intermediate_layer_idx": [0, 0, 0, 0]}
     camera = {"trunk_depth": 1, "num_heads": 3}
     parts = {"aggregator": aggregator, "depth_head": head, "camera_head": camera}
     return small_vggt(**parts, point_head=None), some_images()
