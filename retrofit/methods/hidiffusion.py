@@ -20,6 +20,7 @@ from retrofit.intercept import Handler
 from retrofit.kernels import window_attention
 from retrofit.methods.base import Method, Operator
 from retrofit.methods.raunet import build_raunet_handlers, conv_level, is_deep_unet
+from retrofit.methods.window_sizes import check_causal
 from retrofit.run_state import RunState
 from retrofit.sites import AttentionSite, Network
 
@@ -184,6 +185,7 @@ class _ShiftedWindows:
         is_causal: bool,
         scale: float | None,
     ) -> Tensor:
+        check_causal(self.grid, is_causal, "hidiffusion")
         height, width = self.grid.height, self.grid.width
         window = ((height + 1) // 2, (width + 1) // 2)
         resize = self.config.upstream_resize and (height % 2 or width % 2)

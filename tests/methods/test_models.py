@@ -1,0 +1,109 @@
+"""Every method in every kind of network that it fits, through one patch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import retrofit
+from retrofit.errors import AlreadyPatchedError
+from retrofit.methods import Method
+from tests.methods_table import TABLE
+from tests.tiny_models import FAMILY_MODELS
+
+CASES = [(name, model) for name, row in TABLE.items() for model in row.models]
+FIRST = [(name, row.models[0]) for name, row in TABLE.items()]
+ONE_EACH = {TABLE[name].config.name: (name, model) for name, model in FIRST}.values()
+SMALLER = {"sd15": {"layers_per_block": 1}}
+
+
+@contextmanager
+def patched(model: nn.Module, config: Method) -> Iterator[retrofit.Patch]:
+    """A patched model, at the first step of a run where the method must know one."""
+    with retrofit.patch(model, config) as patch:
+        if config.needs_steps:
+            patch.at_step(0, 10)
+        yield patch
+
+
+def call(name: str, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+    return FAMILY_MODELS[name].call(model, inputs)
+
+
+def insides(model: nn.Module) -> dict[str, Any]:
+    """Everything that a patch could leave behind: attributes and hooks of every module."""
+    kept = {}
+    for path, module in model.named_modules():
+        for key, value in vars(module).items():
+            is_dict = isinstance(value, dict)
+            kept[f"{path}/{key}"] = dict(value) if is_dict else value
+    return kept
+
+
+@pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
+@pytest.mark.parametrize(("name", "model_name"), CASES)
+def test_a_full_window_or_keep_1_equals_the_dense_model(name, model_name, odd):
+    row = FAMILY_MODELS[model_name]
+    model, inputs = row.make_model(), row.make_inputs(batch=2, odd=odd)
+    dense = call(model_name, model, inputs)
+    with patched(model, TABLE[name].dense):
+        out = call(model_name, model, inputs)
+    assert (out - dense).abs().max() <= 1e-5 * dense.abs().max()
+
+
+@pytest.mark.parametrize(("name", "model_name"), CASES)
+def test_remove_restores_outputs_and_modules_exactly(name, model_name):
+    row = FAMILY_MODELS[model_name]
+    model, inputs = row.make_model(), row.make_inputs(batch=2, odd=True)
+    dense = call(model_name, model, inputs)
+    before = insides(model)
+    with patched(model, TABLE[name].config) as patch:
+        out = call(model_name, model, inputs)
+        assert patch.report.patched
+        assert torch.equal(out, call(model_name, model, inputs))  # nothing is drawn or kept
+    assert not torch.allclose(out, dense, rtol=1e-3, atol=1e-3)
+    assert torch.equal(call(model_name, model, inputs), dense)
+    after = insides(model)
+    assert before.keys() == after.keys()
+    assert all(before[key] is after[key] or before[key] == after[key] for key in before)
+
+
+@pytest.mark.parametrize(("name", "model_name"), FIRST)
+def test_the_same_seed_gives_the_same_result_in_another_model(name, model_name):
+    row = FAMILY_MODELS[model_name]
+    inputs = row.make_inputs(batch=2, odd=True)
+    outs = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)  # the global generator must not matter
+        model = row.make_model()
+        with patched(model, TABLE[name].config):
+            outs.append(call(model_name, model, inputs))
+    assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize(("name", "model_name"), FIRST)
+def test_patching_twice_raises_and_names_the_owner(name, model_name):
+    config = TABLE[name].config
+    model = FAMILY_MODELS[model_name].make_model()
+    owner = f"already patched by retrofit's {config.name}"
+    with patched(model, config), pytest.raises(AlreadyPatchedError, match=owner):
+        retrofit.patch(model, config)
+    retrofit.patch(model, config).remove()
+
+
+@pytest.mark.parametrize(("name", "model_name"), ONE_EACH)
+def test_a_compiled_model_gives_the_eager_result(name, model_name):
+    row = FAMILY_MODELS[model_name]
+    model = row.make_model(**SMALLER.get(model_name, {}))
+    inputs = row.make_inputs(batch=2, odd=True)
+    torch._dynamo.reset()
+    with patched(model, TABLE[name].config):
+        eager = call(model_name, model, inputs)
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        out = call(model_name, compiled, inputs)
+    assert (out - eager).abs().max() <= 1e-5 * eager.abs().max()
