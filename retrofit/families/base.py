@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import inspect
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +65,15 @@ def has_parts(module: Any, *paths: str) -> bool:
 def find_path(module: Any, *paths: str) -> str | None:
     """The first of some dotted paths under which a module holds something."""
     return next((path for path in paths if own_part(module, path) is not None), None)
+
+
+def takes_only(module: nn.Module, first: str, others: Collection[str]) -> bool:
+    """Whether a forward's first argument has a name, and no further one is unknown.
+
+    A forward with other arguments may drop tokens, add some or pack several inputs into one row.
+    """
+    parameters = list(inspect.signature(type(module).forward).parameters)[1:]
+    return parameters[:1] == [first] and set(parameters[1:]) <= {*others, "kwargs"}
 
 
 def find_layer_attention(

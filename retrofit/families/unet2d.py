@@ -42,9 +42,9 @@ def recognises(module: nn.Module) -> bool:
         return False
     if not (has_parts(module, "up_blocks") or has_parts(module, "controlnet_down_blocks")):
         return False
-    if not all(has_parts(block, "resnets") for _, block, _ in _parts(module)):
-        return False
     parts = [block for _, block, _ in _parts(module)]
+    if not all(_pairs_up(block) for block in parts):
+        return False
     listed = {attention for _, attention, *_ in _attention_modules(module)}
     return (
         listed == {attention for part in parts for attention in find_attention(part)}
@@ -121,6 +121,12 @@ def _parts(module: Any) -> Iterator[tuple[str, Any, int]]:
         yield "mid_block", module.mid_block, depth - 1
     for i, part in enumerate(getattr(module, "up_blocks", None) or []):
         yield f"up_blocks.{i}", part, depth - 1 - i
+
+
+def _pairs_up(part: Any) -> bool:
+    """Whether a block is made of resnets, each followed by one attention at most."""
+    resnets, attentions = getattr(part, "resnets", None), getattr(part, "attentions", None)
+    return resnets is not None and len(attentions or resnets) in (len(resnets), len(resnets) - 1)
 
 
 def _levels(module: Any) -> tuple[Level, ...]:

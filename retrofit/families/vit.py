@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,6 +15,7 @@ from retrofit.families.base import (
     find_layer_attention,
     find_multihead,
     own_part,
+    takes_only,
 )
 from retrofit.families.examples import PICTURES
 from retrofit.grid import TokenGrid
@@ -25,10 +25,7 @@ LAYERS = ("layers", "encoder.layers", "encoder.layer", "model.layer", "layer")
 ATTENTIONS = ("self_attn", "attention.attention", "attention")
 SPECIAL_TOKENS = ("cls_token", "class_embedding", "distillation_token", "register_tokens")
 NO_TOKENS = ("mask_token", "position_embeddings", "position_embedding")
-# a forward with other arguments may drop patches or pack several pictures into one sequence
 ARGUMENTS = {
-    "self",
-    "pixel_values",
     "attention_mask",
     "bool_masked_pos",
     "head_mask",
@@ -37,7 +34,6 @@ ARGUMENTS = {
     "output_hidden_states",
     "patch_attention_mask",
     "return_dict",
-    "kwargs",
 }
 
 
@@ -45,7 +41,7 @@ def recognises(module: nn.Module) -> bool:
     """Pixels in, cut into patches by one convolution, then layers of global self-attention."""
     embeddings = own_part(module, "embeddings")
     paths = find_layer_attention(module, LAYERS, ATTENTIONS)
-    if embeddings is None or not paths or not _takes_pixels(module):
+    if embeddings is None or not paths or not takes_only(module, "pixel_values", ARGUMENTS):
         return False
     known_tokens = {*SPECIAL_TOKENS, *NO_TOKENS}
     if _patch_size(embeddings) is None or not embeddings._parameters.keys() <= known_tokens:
@@ -121,12 +117,6 @@ def read_pixels(
         width=pixels.shape[3] // patch_size[1],
         num_prefix_tokens=num_prefix_tokens,
     )
-
-
-def _takes_pixels(module: nn.Module) -> bool:
-    """Whether pictures are the first argument of a module's forward, and nothing moves tokens."""
-    parameters = list(inspect.signature(type(module).forward).parameters)
-    return parameters[1:2] == ["pixel_values"] and set(parameters) <= ARGUMENTS
 
 
 def _patch_size(embeddings: nn.Module) -> tuple[int, int] | None:

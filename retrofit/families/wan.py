@@ -7,17 +7,29 @@ from typing import Any
 import torch
 from torch import nn
 
-from retrofit.families.base import Family, find_attention, has_parts, own_part
+from retrofit.families.base import Family, find_attention, has_parts, own_part, takes_only
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.grid import TokenGrid
 from retrofit.sites import AttentionSite, Network, argument
+
+ARGUMENTS = {
+    "timestep",
+    "encoder_hidden_states",
+    "encoder_hidden_states_image",
+    "control_hidden_states",
+    "control_hidden_states_scale",
+    "return_dict",
+    "attention_kwargs",
+}
 
 
 def recognises(module: nn.Module) -> bool:
     """A 3-D patch embedding, a condition embedder, and blocks with self- and cross-attention."""
     if not has_parts(module, "patch_embedding", "condition_embedder", "rope", "blocks"):
         return False
-    if not isinstance(module.patch_embedding, nn.Conv3d):
+    if not isinstance(own_part(module, "patch_embedding"), nn.Conv3d):
+        return False
+    if not takes_only(module, "hidden_states", ARGUMENTS):
         return False
     blocks = [block for _, _, block in _blocks(module)]
     if not all(has_parts(block, "attn1", "attn2") for block in blocks):
