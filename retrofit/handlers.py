@@ -39,7 +39,7 @@ class ReadGrid:
         self.reader = reader
         self.scope = scope
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Note the grid, then run the module."""
         self.scope.grid = self.reader(self.module, args, kwargs)
         return inner(*args, **kwargs)
@@ -83,7 +83,7 @@ class AttendAtSite:
         self.measure = False
         self.check_finite = False
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Run the attention module with its call intercepted.
 
         Raises:
@@ -186,7 +186,7 @@ class GuardRoot:
         self.sites = sites
         self.busy = False
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Run the network.
 
         Raises:

@@ -25,11 +25,11 @@ Forward = Callable[..., Any]
 class Handler(Protocol):
     """Runs around a module's forward. It may change what goes in and what comes out.
 
-    Called as `handler(inner, args, kwargs)`, where `inner(*args, **kwargs)` runs the handlers
+    Called as `handler(inner, *args, **kwargs)`, where `inner(*args, **kwargs)` runs the handlers
     further in and then the module's own forward. Handlers are traced: plain Python and torch only.
     """
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Run around `inner`."""
         ...
 
@@ -52,19 +52,10 @@ def patched_forward(
     **kwargs: Any,
 ) -> Any:
     """Run the handlers of `interceptor` around `forward`, the class's own."""
-    return _run(tuple(interceptor.handlers), functools.partial(forward, module), args, kwargs)
-
-
-def _run(
-    handlers: tuple[Handler, ...], forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> Any:
-    if not handlers:
-        return forward(*args, **kwargs)
-
-    def inner(*inner_args: Any, **inner_kwargs: Any) -> Any:
-        return _run(handlers[1:], forward, inner_args, inner_kwargs)
-
-    return handlers[0](inner, args, kwargs)
+    inner: Forward = functools.partial(forward, module)
+    for handler in reversed(interceptor.handlers):
+        inner = functools.partial(handler, inner)
+    return inner(*args, **kwargs)
 
 
 class FunctionMode(TorchFunctionMode):
@@ -109,7 +100,7 @@ class ReplaceFunction:
         self.where = where
         self.why_unreached = why_unreached
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Run the module with the function replaced.
 
         Raises:

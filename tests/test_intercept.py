@@ -191,7 +191,7 @@ def test_a_replaced_forward_is_refused_by_name(attention):
 def test_a_second_owner_is_refused_by_name(attention):
     patch(attention)
     with pytest.raises(AlreadyPatchedError, match="already patched by a test"):
-        install(attention, lambda inner, args, kwargs: None, owner="another", where="attn")
+        install(attention, lambda inner, *args, **kwargs: None, owner="another", where="attn")
 
 
 def test_the_signature_stays_the_modules_own(attention):

@@ -50,6 +50,16 @@ def patched_unet(**settings):
     return model, patch
 
 
+def make_shallow_unet():
+    """Two levels and one layer each: enough for every part of a patch, quick to compile."""
+    return make_sd15_unet(
+        block_out_channels=(8, 16),
+        layers_per_block=1,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+    )
+
+
 @pytest.fixture
 def inputs():
     return make_unet_inputs(batch=2)
@@ -160,7 +170,9 @@ def test_gradient_checkpointing_gives_the_same_gradients(inputs, use_reentrant):
         weights = model.down_blocks[0].attentions[0].transformer_blocks[0].attn1.to_q.weight
         gradients.append((sample.grad, weights.grad))
     for plain, checkpointed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, checkpointed)
+        # the reentrant kind sums gradients in another order
+        bound = 1e-4 * float(plain.abs().max()) if use_reentrant else 0.0
+        torch.testing.assert_close(plain, checkpointed, atol=bound, rtol=0.0)
 
 
 def test_fused_projections_after_patching_give_the_same_output(inputs):
@@ -177,13 +189,13 @@ def test_compile_follows_the_phases_of_a_run(inputs, compile_first):
     import torch._dynamo.utils as dynamo
 
     torch.compiler.reset()
-    model = make_sd15_unet()
+    model = make_shallow_unet()
     if compile_first:
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
         run(compiled, inputs)
     patch = retrofit.patch(model, "hidiffusion", **HIDIFFUSION)
     if not compile_first:
-        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
     before = dynamo.counters["stats"]["unique_graphs"]
     for step in range(10):
         patch.at_step(step, 10)
@@ -194,8 +206,8 @@ def test_compile_follows_the_phases_of_a_run(inputs, compile_first):
 
 def test_a_compiled_target_is_patched_underneath(inputs):
     torch.compiler.reset()
-    model = make_sd15_unet()
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    model = make_shallow_unet()
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     patch = retrofit.patch(compiled, "hidiffusion", **HIDIFFUSION)
     patch.at_step(0, 10)
     assert all("_orig_mod" not in path for path in patch.report.patched)
@@ -204,7 +216,8 @@ def test_a_compiled_target_is_patched_underneath(inputs):
 
 @pytest.mark.parametrize("strict", [True, False])
 def test_export_carries_the_patch(inputs, strict):
-    model, _ = patched_unet()
+    model = make_shallow_unet()
+    retrofit.patch(model, "hidiffusion", **HIDIFFUSION).at_step(0, 10)
     names = tuple(inputs)
     program = torch.export.export(model, (), {**inputs, "return_dict": False}, strict=strict)
     out = program.module()(**{name: inputs[name] for name in names}, return_dict=False)[0]

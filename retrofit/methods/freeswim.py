@@ -138,7 +138,7 @@ class _AddGuideRow:
         self.network = network
         self.state = state
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         if self.config._present_mode(self.state, self.network) not in (DUAL, FILL):
             return inner(*args, **kwargs)
         batch = (args[0] if args else kwargs["hidden_states"]).shape[0]

@@ -119,7 +119,7 @@ class _Root:
     def __init__(self, halving: Halving) -> None:
         self.halving = halving
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         latent = argument(args, kwargs, 0, "sample")
         self.halving.latent = (latent.shape[-2], latent.shape[-1])
         if self.halving.acts("conv") or self.halving.acts("block"):
@@ -156,7 +156,7 @@ class _NoteSize:
         self.halving = halving
         self.level = level
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         features = argument(args, kwargs, 0, "hidden_states")
         self.halving.before_downsampler[self.level] = (features.shape[-2], features.shape[-1])
         return inner(*args, **kwargs)
@@ -169,7 +169,7 @@ class _UpsampleToSkip:
         self.halving = halving
         self.level = level
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         features = argument(args, kwargs, 0, "hidden_states")
         size = self.halving.before_downsampler[self.level]
         if size != (2 * features.shape[-2], 2 * features.shape[-1]):
@@ -206,7 +206,7 @@ class _Pool:
     def __init__(self, halving: Halving) -> None:
         self.halving = halving
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)
         return _map_features(out, self._pool) if self.halving.acts("block") else out
 
@@ -221,7 +221,7 @@ class _Unpool:
     def __init__(self, halving: Halving) -> None:
         self.halving = halving
 
-    def __call__(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         out = inner(*args, **kwargs)
         return _map_features(out, self._resize) if self.halving.acts("block") else out
 
