@@ -1,0 +1,286 @@
+"""Find a checkpoint, and say what it is made of: a folder, a hub id or a single file.
+
+Only configs are read here; `retrofit.weights` looks at the weights, `retrofit.opening` builds and
+loads the networks.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from retrofit import hub
+from retrofit.errors import CheckpointError, NotFoundError, RetrofitError, suggest
+from retrofit.manifest import MANIFEST, Manifest
+from retrofit.single_file import denoising_component, guess_config_repo, holds_pipeline
+from retrofit.weights import PICKLES, find_weights, refuse_pickle
+
+Layout = Literal["pipeline", "diffusers", "transformers", "single-file"]
+PARTIAL = ".retrofit-partial-"
+CONFIG_FOLDER = "config"  # configs of a single-file checkpoint, beside it once it is patched
+HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose configs have been read.
+
+    Attributes:
+        name: As the user gave it, for messages.
+        root: The folder of its files.
+        layout: Which library's layout it has.
+        classes: For each component with a config, `(library, class name)`; a checkpoint that is a
+            single network has one component, named `""`.
+        configs: Folder of the configs (`root`, except for a single file).
+        file: The file itself, when it is a single one.
+        pipeline_class: Class name of a pipeline.
+        manifest: The record of its patch, if it is patched.
+        remote_code: Classes whose code comes with the checkpoint.
+    """
+
+    name: str
+    root: Path
+    layout: Layout
+    classes: Mapping[str, tuple[str, str]]
+    configs: Path
+    file: Path | None = None
+    pipeline_class: str | None = None
+    manifest: Manifest | None = None
+    remote_code: tuple[str, ...] = ()
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The config of a component."""
+        return read_json(self.config_folder(component) / "config.json")
+
+    def config_folder(self, component: str) -> Path:
+        """Where a component's config lies."""
+        return self.configs / component if component else self.configs
+
+    def weight_folder(self, component: str) -> Path:
+        """Where a component's weights lie."""
+        return self.root / component if component else self.root
+
+
+def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = "") -> Checkpoint:
+    """Find a checkpoint and read its configs.
+
+    Args:
+        model: A folder (pipeline, one component, transformers model), a hub id
+            (`owner/name[/folder][@revision]`), or a single `.safetensors` file.
+        weights: Whether a hub id fetches weights too.
+        config: For a single file: a folder or hub id with its configs.
+
+    Raises:
+        NotFoundError: If there is nothing of that name.
+        CheckpointError: If it is not a checkpoint, an interrupted write, or a pickle.
+    """
+    path = Path(model).expanduser()
+    _refuse_partial(path)
+    if path.is_dir():
+        return identify(path, str(model))
+    if path.is_file():
+        return _single_file(path, str(model), config)
+    matched = HUB_ID.fullmatch(str(model))
+    if matched is None or path.parent.is_dir() and str(path.parent) not in ("", "."):
+        raise NotFoundError(f"{model}: no such folder or file. {_nearby(path)}")
+    return _fetch(str(model), *matched.groups(), weights=weights, config=config)
+
+
+def identify(folder: Path, name: str) -> Checkpoint:
+    """Read the configs of a folder.
+
+    Raises:
+        CheckpointError: If it holds no checkpoint of a known layout.
+    """
+    manifest = Manifest.read(folder) if (folder / MANIFEST).exists() else None
+    if (folder / "model_index.json").is_file():
+        return _pipeline(folder, name, manifest)
+    if (folder / "config.json").is_file():
+        return _component(folder, name, manifest)
+    if manifest is not None and manifest.single_file:
+        configs = identify(folder / CONFIG_FOLDER, name)
+        return _from_configs(configs, folder / manifest.single_file, name, manifest)
+    singles = sorted(folder.glob("*.safetensors"))
+    found = f"Give the file itself: {singles[0]}." if singles else "Give the folder above or below."
+    raise CheckpointError(
+        f"{name}: expected model_index.json or config.json in it, got neither. {found}"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: If the file is missing or not one.
+    """
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: missing. Fetch the checkpoint again.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: expected JSON: {error}. Fetch it again.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}.")
+    return data
+
+
+def _pipeline(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
+    index = read_json(folder / "model_index.json")
+    classes: dict[str, tuple[str, str]] = {}
+    for component, entry in index.items():
+        if not isinstance(entry, list) or len(entry) != 2 or not all(entry):
+            continue
+        if not (folder / component).is_dir():
+            raise CheckpointError(
+                f"{name}: model_index.json lists {component}, but its folder is missing. "
+                "Fetch the checkpoint again."
+            )
+        if (folder / component / "config.json").is_file():
+            classes[component] = (str(entry[0]), str(entry[1]))
+    class_name = index.get("_class_name")
+    return Checkpoint(
+        name=name,
+        root=folder,
+        layout="pipeline",
+        classes=classes,
+        configs=folder,
+        pipeline_class=class_name[-1] if isinstance(class_name, list) else class_name,
+        manifest=manifest,
+    )
+
+
+def _component(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
+    config = read_json(folder / "config.json")
+    if "_class_name" in config:
+        layout: Layout = "diffusers"
+        entry = ("diffusers", str(config["_class_name"]))
+    elif "model_type" in config or "architectures" in config:
+        layout = "transformers"
+        entry = ("transformers", str((config.get("architectures") or [""])[0]))
+    else:
+        raise CheckpointError(
+            f"{name}: its config.json names neither `_class_name` (diffusers) nor `model_type` "
+            "(transformers). Give a checkpoint that one of them saved."
+        )
+    return Checkpoint(
+        name=name,
+        root=folder,
+        layout=layout,
+        classes={"": entry},
+        configs=folder,
+        manifest=manifest,
+        remote_code=tuple(sorted(config.get("auto_map") or ())),
+    )
+
+
+def _single_file(path: Path, name: str, config: str) -> Checkpoint:
+    if path.suffix in PICKLES:
+        raise refuse_pickle(path)
+    if path.suffix != ".safetensors":
+        raise CheckpointError(
+            f"{name}: expected a folder or a .safetensors file, got {path.suffix or 'neither'}. "
+            "Give the checkpoint's folder."
+        )
+    if (path.parent / "config.json").is_file() and not config:
+        raise CheckpointError(f"{name}: one file of a checkpoint. Give its folder: {path.parent}.")
+    source = config or guess_config_repo(path)
+    try:
+        configs = _open_configs(source)
+    except RetrofitError as error:
+        raise NotFoundError(
+            f"{name}: its configs, which a single file lacks, can't be had. Give a folder that has "
+            f"them with --config. ({error})"
+        ) from error
+    return _from_configs(configs, path, name, None)
+
+
+def _open_configs(source: str) -> Checkpoint:
+    folder = Path(source).expanduser()
+    if folder.is_dir():
+        return identify(folder, source)
+    matched = HUB_ID.fullmatch(source)
+    if matched is None:
+        raise NotFoundError(f"{source}: no such folder. {_nearby(folder)}")
+    repo, inside, revision = matched.groups()
+    return identify(hub.fetch(repo, hub.TEXTS, revision=revision) / inside.strip("/"), source)
+
+
+def _from_configs(
+    configs: Checkpoint, file: Path, name: str, manifest: Manifest | None
+) -> Checkpoint:
+    found = replace(
+        configs,
+        name=name,
+        root=file.parent,
+        layout="single-file",
+        file=file,
+        manifest=manifest,
+    )
+    if found.pipeline_class is None or holds_pipeline(file):
+        return found
+    component = denoising_component(list(found.classes), name)
+    return replace(
+        found,
+        classes={"": found.classes[component]},
+        configs=found.config_folder(component),
+        pipeline_class=None,
+    )
+
+
+def _fetch(
+    name: str, repo: str, folder: str, revision: str | None, *, weights: bool, config: str
+) -> Checkpoint:
+    folder = folder.strip("/")
+    if folder.endswith((".safetensors", *PICKLES)):
+        path = hub.fetch(repo, [folder], revision=revision) / folder
+        if not path.is_file():
+            raise NotFoundError(f"{repo}: has no file {folder!r}. Look at its files on the hub.")
+        return _single_file(path, name, config)
+    prefix = f"{folder}/" if folder else ""
+    configs = [prefix + pattern for pattern in hub.CONFIGS]
+    path = hub.fetch(repo, configs, revision=revision) / folder
+    if not path.is_dir() or not any(path.iterdir()):
+        raise NotFoundError(f"{name}: has no configs of diffusers or transformers on the hub.")
+    found = identify(path, name)
+    if weights:
+        # only what the checkpoint is made of: repositories also keep the same weights as one file
+        inside = [f"{prefix}{part}/" for part in _parts(path)] or [prefix]
+        patterns = [p + glob for p in inside for glob in (*hub.TEXTS, hub.WEIGHTS)]
+        patterns += [prefix + glob for glob in hub.TEXTS]
+        hub.fetch(repo, patterns, revision=revision, ignore=hub.VARIANTS)
+        if not all(find_weights(found.weight_folder(part)) for part in found.classes):
+            hub.fetch(repo, patterns, revision=revision)
+        found = identify(path, name)
+    return found
+
+
+def _parts(folder: Path) -> list[str]:
+    """Folders that a pipeline's index lists."""
+    file = folder / "model_index.json"
+    if not file.is_file():
+        return []
+    return [k for k, v in read_json(file).items() if isinstance(v, list) and len(v) == 2 and v[0]]
+
+
+def _refuse_partial(path: Path) -> None:
+    for part in path.absolute().parts:
+        if PARTIAL in part:
+            raise CheckpointError(
+                f"{path}: left over from an interrupted run, not a checkpoint. Delete it, or run "
+                "the command again, which does."
+            )
+
+
+def _nearby(path: Path) -> str:
+    """What lies where the user looked."""
+    parent = path.parent if path.parent.is_dir() else Path()
+    names = [
+        entry.name
+        for entry in parent.iterdir()
+        if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix == ".safetensors")
+    ]
+    return f"{suggest(path.name, names[:50])} A hub id looks like `owner/name`."

@@ -1,0 +1,258 @@
+"""Build the networks of a checkpoint without weights, or load them, or all of a checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from retrofit.checkpoint import Checkpoint
+from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError, suggest
+from retrofit.libraries import (
+    LIBRARIES,
+    class_of,
+    conversion_command,
+    dtype_argument,
+    failing_as_checkpoint_error,
+    quiet_libraries,
+    torch_dtype,
+)
+from retrofit.weights import Weights, check_file, check_folder
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class ComponentSet:
+    """Networks of a pipeline without the rest of it; `patch` takes it as it takes the pipeline.
+
+    Attributes:
+        components: Networks by name.
+    """
+
+    def __init__(self, components: dict[str, Any]) -> None:
+        """Hold the networks."""
+        self.components = components
+
+
+def check_weights(
+    checkpoint: Checkpoint, components: Sequence[str] | None = None
+) -> dict[str, Weights]:
+    """Check that all weights are there and whole, before anything runs.
+
+    Args:
+        checkpoint: Where to look.
+        components: Only these; None checks every component.
+
+    Returns:
+        The weights of each component.
+
+    Raises:
+        CheckpointError: If a shard is missing or corrupt, or there are only pickles.
+    """
+    if checkpoint.file is not None:
+        return dict.fromkeys(checkpoint.classes, check_file(checkpoint.file))
+    return {
+        name: check_folder(
+            checkpoint.weight_folder(name),
+            convert=conversion_command(checkpoint, library, class_name),
+        )
+        for name, (library, class_name) in checkpoint.classes.items()
+        if components is None or name in components
+    }
+
+
+def build_networks(
+    checkpoint: Checkpoint, components: Sequence[str] = (), *, trust_remote_code: bool = False
+) -> Any:
+    """Build networks on the meta device, from configs alone.
+
+    Args:
+        checkpoint: Where to look.
+        components: Networks of a pipeline; empty takes those that denoise.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+
+    Returns:
+        What `patch` takes: a module, or a `ComponentSet` for a pipeline.
+
+    Raises:
+        NotFoundError: If a named component does not exist.
+        UnsupportedError: If a class is not known.
+    """
+    import torch
+
+    from retrofit.families import find_family
+
+    _refuse_remote_code(checkpoint, trust_remote_code)
+    if checkpoint.pipeline_class is None:
+        if components:
+            raise NotFoundError(
+                f"{checkpoint.name}: component {components[0]!r} does not exist, this is a single "
+                "network. Leave `--component` out."
+            )
+        with torch.device("meta"):
+            return _build(checkpoint, "", trust_remote_code)
+    for name in components:
+        if name not in checkpoint.classes:
+            raise NotFoundError(
+                f"{checkpoint.name}: component {name!r} does not exist. "
+                f"{suggest(name, checkpoint.classes)}"
+            )
+    built: dict[str, nn.Module] = {}
+    with torch.device("meta"):
+        for name in components or _likely_first(checkpoint):
+            if checkpoint.classes[name][0] in LIBRARIES:
+                built[name] = _build(checkpoint, name, trust_remote_code)
+    denoising = {
+        name: module
+        for name, module in built.items()
+        if (family := find_family(module)) is not None and family.denoises
+    }
+    return ComponentSet(built if components or not denoising else denoising)
+
+
+def load_networks(
+    checkpoint: Checkpoint,
+    components: Sequence[str],
+    *,
+    device: str,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load networks with their weights.
+
+    Args:
+        checkpoint: Where to look.
+        components: Names as in `Checkpoint.classes`.
+        device: Where they go.
+        dtype: Of the weights; None keeps the checkpoint's own.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+
+    Returns:
+        What `patch` takes: a module, or a `ComponentSet` for a pipeline.
+
+    Raises:
+        CheckpointError: If weights are missing or do not fit the config.
+    """
+    _refuse_remote_code(checkpoint, trust_remote_code)
+    weights = check_weights(checkpoint, components)
+    loaded = {
+        name: _load(checkpoint, name, weights[name], dtype, trust_remote_code).to(device)
+        for name in components
+    }
+    return loaded[""] if checkpoint.pipeline_class is None else ComponentSet(loaded)
+
+
+def load_whole(
+    checkpoint: Checkpoint,
+    *,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> Any:
+    """Load a checkpoint as its library does: a model, or a whole pipeline.
+
+    Args:
+        checkpoint: Where to look.
+        device: Where it goes; None leaves it on the CPU.
+        dtype: Of the weights; None keeps the checkpoint's own.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+
+    Raises:
+        CheckpointError: If weights are missing or do not fit the config.
+    """
+    if checkpoint.pipeline_class is None:
+        return load_networks(
+            checkpoint,
+            [""],
+            device=device or "cpu",
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+        )
+    import diffusers
+
+    weights = check_weights(checkpoint)
+    dtypes = {name: torch_dtype(dtype or found.dtype) for name, found in weights.items()}
+    with failing_as_checkpoint_error(checkpoint), quiet_libraries():
+        if checkpoint.file is not None:
+            pipeline_class = getattr(diffusers, str(checkpoint.pipeline_class))
+            pipeline = pipeline_class.from_single_file(
+                str(checkpoint.file),
+                config=str(checkpoint.configs),
+                **{dtype_argument(): next(iter(dtypes.values()), None)},
+            )
+        else:
+            variants = sorted({found.variant for found in weights.values()} - {None}, key=str)
+            # dtypes may differ between components, which a single one would flatten
+            pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                str(checkpoint.root),
+                use_safetensors=True,
+                variant=variants[0] if variants else None,
+                trust_remote_code=trust_remote_code,
+                **{dtype_argument(): {"default": next(iter(dtypes.values()), None), **dtypes}},
+            )
+    return pipeline if device is None else pipeline.to(device)
+
+
+def _build(checkpoint: Checkpoint, component: str, trust_remote_code: bool) -> Any:
+    cls = class_of(checkpoint, component)
+    folder = str(checkpoint.config_folder(component))
+    with failing_as_checkpoint_error(checkpoint):
+        if checkpoint.classes[component][0] == "diffusers":
+            return cls.from_config(cls.load_config(folder)).eval()
+        from transformers import AutoConfig, AutoModel
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if cls is AutoModel:
+            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            model = cls._from_config(config)
+        return model.eval()
+
+
+def _load(
+    checkpoint: Checkpoint,
+    component: str,
+    weights: Weights,
+    dtype: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    cls = class_of(checkpoint, component)
+    as_dtype = torch_dtype(dtype or weights.dtype)
+    with failing_as_checkpoint_error(checkpoint), quiet_libraries():
+        if checkpoint.file is not None:
+            config = str(checkpoint.config_folder(component))
+            single = {"config": config, dtype_argument(): as_dtype}
+            return cls.from_single_file(str(checkpoint.file), **single).eval()
+        options: dict[str, Any] = {"variant": weights.variant, "use_safetensors": True}
+        if checkpoint.classes[component][0] == "diffusers":
+            options[dtype_argument()] = as_dtype
+        else:
+            options |= {"dtype": as_dtype, "trust_remote_code": trust_remote_code}
+        model, info = cls.from_pretrained(
+            str(checkpoint.weight_folder(component)), output_loading_info=True, **options
+        )
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.name}: its weights lack {len(missing)} tensors that its config asks for "
+            f"({', '.join(missing[:3])}). Fetch the checkpoint again."
+        )
+    return model.eval()
+
+
+def _likely_first(checkpoint: Checkpoint) -> list[str]:
+    """Components that may denoise: diffusers' own, or all where it has none."""
+    own = [name for name, (library, _) in checkpoint.classes.items() if library == "diffusers"]
+    return own or list(checkpoint.classes)
+
+
+def _refuse_remote_code(checkpoint: Checkpoint, trusted: bool) -> None:
+    if not checkpoint.remote_code or trusted:
+        return
+    import transformers
+
+    if not hasattr(transformers, checkpoint.classes[""][1]):
+        raise UnsupportedError(
+            f"{checkpoint.name}: needs code that comes with it (auto_map: "
+            f"{', '.join(checkpoint.remote_code)}). If you trust it, add --trust-remote-code."
+        )
