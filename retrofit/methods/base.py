@@ -53,12 +53,14 @@ class Method:
         summary: One line for people.
         paper: Where it was published.
         lossy: What happens to the output.
+        helps: From what size on it is worth its cost.
         alternatives: Groups of settings of which one is given; setting another takes its place.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     paper: ClassVar[str]
+    helps: ClassVar[str] = ""
     lossy: ClassVar[str] = "lossy: the output differs from the dense model's"
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 

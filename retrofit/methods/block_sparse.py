@@ -47,6 +47,9 @@ class BlockSparseConfig(Method):
     name: ClassVar[str] = "block-sparse"
     summary: ClassVar[str] = "each block of queries attends to the blocks of keys that matter to it"
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.07120"
+    helps: ClassVar[str] = (
+        "from a few thousand tokens; below that a block or two is all there is, and choosing costs more"
+    )
 
     keep: float | None = 0.5
     mass: float | None = None

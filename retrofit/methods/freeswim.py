@@ -46,6 +46,9 @@ class FreeSwimConfig(Method):
     name: ClassVar[str] = "freeswim"
     summary: ClassVar[str] = "video at several times the training size, without training"
     paper: ClassVar[str] = "https://arxiv.org/abs/2511.14712"
+    helps: ClassVar[str] = (
+        "above the training size of the checkpoint (480x832 for Wan 2.1 1.3B); never below it"
+    )
 
     window_size: tuple[int, int] = (31, 53)
     dual_path: bool = True

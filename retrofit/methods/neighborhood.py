@@ -52,6 +52,9 @@ class NeighborhoodConfig(Method):
     name: ClassVar[str] = "neighborhood"
     summary: ClassVar[str] = "a window around every token, pushed inward at the borders"
     paper: ClassVar[str] = "https://arxiv.org/abs/2504.16922"
+    helps: ClassVar[str] = (
+        "where the window is a small part of each axis: large pictures, long videos and texts"
+    )
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("window_size", "keep"),)
 
     window_size: int | Size | None = None

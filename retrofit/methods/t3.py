@@ -42,6 +42,9 @@ class T3Config(Method):
     name: ClassVar[str] = "t3"
     summary: ClassVar[str] = "near and far boxes of a video, cut differently at every block"
     paper: ClassVar[str] = "https://arxiv.org/abs/2512.13492"
+    helps: ClassVar[str] = (
+        "at videos of 1080p and more, and after a short fine-tune; without one it mostly harms"
+    )
     lossy: ClassVar[str] = "lossy: without a short fine-tune the output is noise"
 
     cycle: tuple[Size, ...] | None = None

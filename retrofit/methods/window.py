@@ -47,6 +47,9 @@ class WindowConfig(Method):
     name: ClassVar[str] = "window"
     summary: ClassVar[str] = "windows of a text, a picture or a video, attended to one by one"
     paper: ClassVar[str] = "https://arxiv.org/abs/2103.14030"
+    helps: ClassVar[str] = (
+        "where windows are a small part of the input; the cheapest of all, and the coarsest"
+    )
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("window_size", "keep"),)
 
     window_size: int | Size | None = None
