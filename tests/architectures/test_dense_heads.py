@@ -7,7 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.architectures.chunks import map_frames
-from retrofit.architectures.dpt_head import DPTHead, ResidualConvUnit, build_uv_embedding
+from retrofit.architectures.dpt_head import (
+    DPTHead,
+    FusionBlock,
+    ResidualConvUnit,
+    build_uv_embedding,
+)
 from retrofit.architectures.head_outputs import (
     CONFIDENCE_ACTIVATIONS,
     VALUE_ACTIVATIONS,
@@ -46,6 +51,24 @@ def test_the_residual_unit_is_the_original_with_its_in_place_relu() -> None:
     assert torch.equal(maps, kept)
     textbook = unit.conv2(unit.conv1(maps.relu()).relu()) + maps
     assert not torch.allclose(unit(maps), textbook, atol=1e-2)
+
+
+def test_fusion_adds_the_finer_map_and_keeps_the_corners_when_resizing() -> None:
+    block = FusionBlock(2, has_skip=True)
+    for weight in block.parameters():
+        nn.init.zeros_(weight)
+    block.out_conv.weight.data = torch.eye(2)[:, :, None, None]
+    maps, skip = torch.rand(1, 2, 3, 4), torch.rand(1, 2, 3, 4)
+    fused = block(maps, skip, (7, 9))  # both residual units pass relu(x) on
+    total = maps + skip
+    rows, columns = torch.linspace(0, 2, 7), torch.linspace(0, 3, 9)
+    below, right = rows.floor().long().clamp(max=1), columns.floor().long().clamp(max=2)
+    y, x = (rows - below)[:, None], columns - right
+    upper = total[:, :, below][..., right] * (1 - x) + total[:, :, below][..., right + 1] * x
+    lower = (
+        total[:, :, below + 1][..., right] * (1 - x) + total[:, :, below + 1][..., right + 1] * x
+    )
+    assert torch.allclose(fused, upper * (1 - y) + lower * y, atol=1e-6)
 
 
 def test_the_position_embedding_matches_a_loop() -> None:

@@ -56,6 +56,13 @@ def test_crop_cuts_what_is_taller_in_the_middle(tmp_path: Path) -> None:
     assert (fit.left, fit.top) == (0, -84)
 
 
+def test_an_odd_cut_takes_its_extra_row_from_below(tmp_path: Path) -> None:
+    path = write_photo(tmp_path / "a.png", 60, 80)  # becomes 27 x 36
+    images, (fit,) = load_images([path], size=27, patch_size=9)
+    assert torch.equal(images[0], resized(path, 27, 36, BICUBIC)[:, 4:31])
+    assert fit.top == -4
+
+
 @pytest.mark.parametrize(
     ("width", "height", "inner", "corner"),
     [

@@ -58,6 +58,19 @@ def test_a_saved_pi3_loads_again(tmp_path: Path) -> None:
         assert torch.equal(loaded(images)["points"], small_pi3()(images)["points"])
 
 
+def test_a_loaded_network_can_be_changed_and_saved_over_its_source(saved_vggt: Path) -> None:
+    before = (saved_vggt / "model.safetensors").read_bytes()
+    loaded = VGGT.from_pretrained(saved_vggt)
+    with torch.no_grad():
+        for weight in loaded.parameters():
+            weight += 1
+    assert (saved_vggt / "model.safetensors").read_bytes() == before
+    loaded.save_pretrained(saved_vggt)
+    again = VGGT.from_pretrained(saved_vggt)
+    assert same_state(again, loaded)
+    assert not same_state(again, small_vggt())
+
+
 def test_a_weight_file_alone_is_read_with_the_config_beside_it(saved_vggt: Path) -> None:
     assert same_state(VGGT.from_pretrained(saved_vggt / "model.safetensors"), small_vggt())
 
