@@ -182,7 +182,7 @@ def _make_latents(module: Any, size: InputSize, generator: torch.Generator) -> d
     config = module.config
     width = config.cross_attention_dim
     width = config.encoder_hid_dim or (width if isinstance(width, int) else width[0])
-    inputs = {
+    inputs: dict[str, Any] = {
         "sample": normal((1, config.in_channels, size.height, size.width), generator),
         "timestep": torch.tensor(951),
         "encoder_hidden_states": normal((1, 77, width), generator),
