@@ -48,7 +48,7 @@ class BlockSparseConfig(Method):
     summary: ClassVar[str] = "each block of queries attends to the blocks of keys that matter to it"
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.07120"
     helps: ClassVar[str] = (
-        "from a few thousand tokens; below that a block or two is all there is, and choosing costs more"
+        "from a few thousand tokens; below that there are too few blocks to choose from"
     )
 
     keep: float | None = 0.5

@@ -52,9 +52,7 @@ class HiDiffusionConfig(Method):
     name: ClassVar[str] = "hidiffusion"
     summary: ClassVar[str] = "pictures at 2-4x the training size, without training (UNets)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.17528"
-    helps: ClassVar[str] = (
-        "above the training size (512x512 for SD 1.x, 1024x1024 for SDXL); below it only windows act"
-    )
+    helps: ClassVar[str] = "above the training size (512x512 for SD 1.x, 1024x1024 for SDXL)"
 
     windows: bool = True
     raunet: bool = True
