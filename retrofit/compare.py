@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from retrofit.comparison import Comparison, Row
 from retrofit.errors import InputError, NonFiniteError
 from retrofit.measure import (
     ModelInput,
@@ -21,7 +23,8 @@ from retrofit.measure import (
     time_input,
 )
 from retrofit.metrics import GroupMetric, Metric, PairMetric, measure_group, metrics_for
-from retrofit.patching import Patch, PatchReport, patch
+from retrofit.networks import FoundNetwork
+from retrofit.patching import Patch, patch
 from retrofit.recipe import Recipe
 
 DENSE = "dense"
@@ -31,81 +34,14 @@ NOISE = 0.25  # dense times of one input that differ by more than this make a ru
 Progress = Callable[[str, int, int], None]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Row:
-    """What was measured of one variant.
-
-    Attributes:
-        name: `dense`, or the label it was given.
-        recipe: What was patched, None for dense.
-        report: Sites patched and skipped, None for dense.
-        keep_asked: The method's `keep` setting, where it has one.
-        keep_measured: Mean fraction of query-key pairs computed, over the patched sites.
-        calls: Attention calls of the patched sites that ran `patched` and `dense` (too short,
-            or decoding) while the kept fraction was measured.
-        metrics: By name, one value an input against the dense output; empty for dense.
-        seconds: One value for each input in each round.
-        speed: Dense seconds over this variant's, for each input in each round; above 1 is faster.
-        peak_bytes: Peak memory of a process of its own, where it was measured.
-    """
-
-    name: str
-    recipe: Recipe | None = None
-    report: PatchReport | None = None
-    keep_asked: float | None = None
-    keep_measured: float | None = None
-    calls: Mapping[str, int] = field(default_factory=dict)
-    metrics: Mapping[str, Spread] = field(default_factory=dict)
-    seconds: Spread
-    speed: Spread
-    peak_bytes: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Dense and patched variants side by side; `rows[0]` is dense.
-
-    Attributes:
-        family: Of the networks compared.
-        rows: Dense first, then the variants in their order.
-        metrics: What the keys of `Row.metrics` mean.
-        inputs: Names of the inputs.
-        tokens: Tokens of the largest input, where known.
-        rounds: How often every input ran in every variant while it was timed.
-        machine: Device, dtype, versions, threads.
-        load: Load average before and after.
-        noisy: Whether dense times of equal inputs varied by more than a quarter.
-        attention_share: Attention's share of the dense model's work at this size, where known.
-    """
-
-    family: str
-    rows: tuple[Row, ...]
-    metrics: tuple[Metric, ...]
-    inputs: tuple[str, ...]
-    tokens: int | None
-    rounds: int
-    machine: Mapping[str, Any]
-    load: tuple[float | None, float | None]
-    noisy: bool
-    attention_share: float | None = None
-
-    @property
-    def dense(self) -> Row:
-        """The model as it was."""
-        return self.rows[0]
-
-    @property
-    def variants(self) -> tuple[Row, ...]:
-        """The patched ones."""
-        return self.rows[1:]
-
-
 def compare_models(
     target: Any,
     variants: Mapping[str, Recipe],
     inputs: Sequence[ModelInput],
     *,
+    components: tuple[str, ...] = (),
     rounds: int = 3,
+    seed: int = 0,
     progress: Progress | None = None,
 ) -> Comparison:
     """Run a model dense and patched on the same inputs, interleaved, and measure what differs.
@@ -117,7 +53,9 @@ def compare_models(
         target: An `nn.Module` or a pipeline, not patched; it is left as it was.
         variants: Recipes by the label that tables show.
         inputs: What to run; at least one.
+        components: Networks of a pipeline that inputs are for; empty takes the denoising ones.
         rounds: How often every input is timed in every variant.
+        seed: Of PyTorch's global generator before every run, for what draws from it.
         progress: Called as `progress(what, done, total)`.
 
     Returns:
@@ -132,9 +70,10 @@ def compare_models(
             f"compare: expected at least one variant, input and round, got {len(variants)}, "
             f"{len(inputs)} and {rounds}. Name a method with --method."
         )
-    run = _Run(target, variants, inputs, progress or _say_nothing)
+    found = functools.partial(find_network, target, components=components)
+    run = _Run(target, variants, inputs, found, seed, progress or _say_nothing)
     before = load_average()
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
         run.warm_up()
         for _ in range(rounds):
             run.measure_round()
@@ -153,13 +92,17 @@ class _Run:
         target: Any,
         variants: Mapping[str, Recipe],
         inputs: Sequence[ModelInput],
+        find: Callable[[str], FoundNetwork],
+        seed: int,
         progress: Progress,
     ) -> None:
         self.target = target
         self.recipes: dict[str, Recipe | None] = {DENSE: None, **variants}
         self.inputs = inputs
+        self.find = find
+        self.seed = seed
         self.progress = progress
-        self.network = find_network(target, inputs[0].network)
+        self.network = find(inputs[0].network)
         self.metrics = metrics_for(self.network.family.name, len(inputs))
         self.handles: dict[str, Patch] = {}
         self.calls: dict[str, dict[str, int]] = {DENSE: {}}
@@ -170,7 +113,7 @@ class _Run:
 
     def module(self, item: ModelInput) -> nn.Module:
         """The network that an input is for."""
-        return find_network(self.target, item.network).module
+        return self.find(item.network).module
 
     def warm_up(self) -> None:
         """One untimed run of each variant, in which the kept fraction is measured."""
@@ -213,6 +156,7 @@ class _Run:
 
     def _time(self, name: str, item: ModelInput) -> tuple[Tensor, float]:
         recipe = self.recipes[name]
+        torch.manual_seed(self.seed)
         if recipe is None:
             output, seconds = time_input(self.module(item), item, None)
         else:

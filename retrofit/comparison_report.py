@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.compare import Comparison, Row
+from retrofit.comparison import Comparison, Row
 from retrofit.measure import Spread
 from retrofit.metrics import GroupMetric, Metric
 
@@ -61,22 +62,27 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
 
 
 def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells: a median with its smallest and largest below, or a mean in per cent."""
-    has_memory = any(row.peak_bytes is not None for row in comparison.rows)
-    arrows = {"lower": "lower is closer", "higher": "higher is closer"}
-    headers = ["variant", "keep\nasked/measured"]
-    headers += [f"{m.name.replace('_', ' ')}\n{arrows[m.better]}" for m in comparison.metrics]
-    headers += ["time an input\nms", "speed\ndense = 1"]
-    headers += ["peak memory\nMiB"] if has_memory else []
-    rows = []
-    for row in comparison.rows:
-        cells = [row.name, _keep(row)]
-        cells += [_metric_cell(row, metric) for metric in comparison.metrics]
-        cells += [_cell(row.seconds, lambda s: f"{1000 * s:.1f}")]
-        cells += [_cell(row.speed, lambda s: f"{s:.2f}x") if row.recipe else "1"]
-        cells += [_mebibytes(row)] if has_memory else []
-        rows.append(cells)
-    return headers, rows
+    """Headers and cells, a column for each variant: medians, with smallest and largest below.
+
+    Metrics that are fractions of neighbours are means, in per cent.
+    """
+    rows: list[tuple[str, Callable[[Row], str]]] = [("keep asked / measured", _keep)]
+    rows += [
+        (_label_metric(m), functools.partial(_metric_cell, metric=m)) for m in comparison.metrics
+    ]
+    rows += [("ms an input\nmin to max", lambda row: _cell(row.seconds, _milliseconds))]
+    rows += [("speed, dense = 1\nmin to max", lambda row: _cell(row.speed, _factor))]
+    if any(row.peak_bytes is not None for row in comparison.rows):
+        rows += [("peak memory, MiB", _mebibytes)]
+    headers = ["", *(row.name.replace(" ", "\n", 1) for row in comparison.rows)]
+    return headers, [[label, *(show(row) for row in comparison.rows)] for label, show in rows]
+
+
+def _label_metric(metric: Metric) -> str:
+    name = metric.name.replace("_", " ")
+    if isinstance(metric, GroupMetric):
+        return f"{name}, {metric.better} is closer"
+    return f"{name}, {metric.better} is closer\nmin to max"
 
 
 def _keep(row: Row) -> str:
@@ -86,21 +92,29 @@ def _keep(row: Row) -> str:
     return asked + (" / -" if row.keep_measured is None else f" / {row.keep_measured:.3f}")
 
 
-def _metric_cell(row: Row, metric: Metric) -> str:
+def _metric_cell(row: Row, *, metric: Metric) -> str:
     spread = row.metrics.get(metric.name)
-    if spread is not None and isinstance(metric, GroupMetric):
+    if spread is None:
+        return ""
+    if isinstance(metric, GroupMetric):
         return f"{spread.mean:.1%}"
     return _cell(spread, _short)
 
 
-def _cell(spread: Spread | None, show: Callable[[float], str]) -> str:
-    if spread is None:
-        return ""
+def _cell(spread: Spread, show: Callable[[float], str]) -> str:
     return f"{show(spread.median)}\n{show(min(spread.values))} to {show(max(spread.values))}"
 
 
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:.0f}"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.2f}x"
+
+
 def _short(value: float) -> str:
-    return f"{value:.4f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.1e}"
+    return f"{value:.3f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
 
 
 def _mebibytes(row: Row) -> str:
@@ -145,12 +159,10 @@ def _error(row: Row) -> str:
 
 
 def _memory_words(comparison: Comparison, row: Row) -> list[str]:
-    from retrofit.peak_memory import memory_exceeds
-
     if row.peak_bytes is None or comparison.dense.peak_bytes is None:
         return []
     ratio = row.peak_bytes / comparison.dense.peak_bytes
-    if memory_exceeds(comparison, row):
+    if comparison.memory_exceeds(row):
         return [f"it needs {ratio - 1:.0%} more memory than dense"]
     return [f"its peak memory is {ratio:.2f}x dense's"]
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import retrofit
+from retrofit.manifest import current_versions
 from retrofit.metrics import output_tensor
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.patching import Patch
@@ -86,9 +86,15 @@ class Spread:
         }
 
 
-def find_network(target: Any, name: str) -> FoundNetwork:
-    """The network of a target that an input is for."""
-    found = find_networks(target)
+def find_network(target: Any, name: str, components: tuple[str, ...] = ()) -> FoundNetwork:
+    """The network of a target that an input is for.
+
+    Args:
+        target: An `nn.Module` or a pipeline.
+        name: As in `ModelInput.network`.
+        components: As for `find_networks`.
+    """
+    found = find_networks(target, components)
     return next((network for network in found if network.name == name), found[0])
 
 
@@ -138,9 +144,6 @@ def _to(value: Any, place: Tensor) -> Any:
 
 def describe_machine(module: torch.nn.Module) -> dict[str, Any]:
     """Device, dtype, versions, threads: what every report of a time must say."""
-    import diffusers
-    import transformers
-
     place = next(module.parameters())
     is_cuda = place.device.type == "cuda"
     return {
@@ -149,12 +152,7 @@ def describe_machine(module: torch.nn.Module) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
-        "versions": {
-            "retrofit": retrofit.__version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            "diffusers": diffusers.__version__,
-        },
+        "versions": current_versions(),
     }
 
 

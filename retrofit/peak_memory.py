@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from retrofit.compare import Comparison, Progress, Row
+from retrofit.compare import Progress
+from retrofit.comparison import Comparison
 from retrofit.errors import RetrofitError
 from retrofit.measure import ModelInput, find_network, run_input
 from retrofit.patching import patch
@@ -23,7 +24,6 @@ from retrofit.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 KIB = 1024
-ALLOWANCE = (0.05, 16 * 2**20)  # fraction of dense, and bytes for packing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +34,13 @@ class MemoryJob:
         open_target: Picklable, gives the model or pipeline; both variants open it alike.
         recipe: What to patch, as plain data; None for the dense model.
         inputs: Run one after the other, twice.
+        components: Networks of a pipeline that inputs are for.
     """
 
     open_target: Callable[[], Any]
     recipe: dict[str, Any] | None
     inputs: tuple[ModelInput, ...]
+    components: tuple[str, ...] = ()
 
 
 def measure_peak_memory(job: MemoryJob) -> int:
@@ -67,7 +69,9 @@ def measure_peak_memory(job: MemoryJob) -> int:
 
 def _run_job(job: MemoryJob) -> int:
     target = job.open_target()
-    runs = [(find_network(target, item.network).module, item) for item in job.inputs]
+    runs = [
+        (find_network(target, item.network, job.components).module, item) for item in job.inputs
+    ]
     handle = None if job.recipe is None else patch(target, Recipe.from_dict(job.recipe))
     is_cuda = next(runs[0][0].parameters()).device.type == "cuda"
     if is_cuda:
@@ -108,6 +112,8 @@ def with_peak_memory(
     comparison: Comparison,
     open_target: Callable[[], Any],
     inputs: Sequence[ModelInput],
+    *,
+    components: tuple[str, ...] = (),
     progress: Progress | None = None,
 ) -> Comparison:
     """The same comparison with every variant's peak memory, each measured in a fresh process.
@@ -116,6 +122,7 @@ def with_peak_memory(
         comparison: What `compare_models` gave.
         open_target: Picklable; opens the target as every child process does.
         inputs: What each child runs; one, the largest, is enough.
+        components: As for `compare_models`.
         progress: Called as `progress(what, done, total)`.
     """
     rows = []
@@ -123,17 +130,11 @@ def with_peak_memory(
         if progress is not None:
             progress(f"peak memory of {row.name}", i, len(comparison.rows))
         recipe = None if row.recipe is None else row.recipe.to_dict()
-        job = MemoryJob(open_target=open_target, recipe=recipe, inputs=tuple(inputs))
+        job = MemoryJob(
+            open_target=open_target, recipe=recipe, inputs=tuple(inputs), components=components
+        )
         rows.append(replace(row, peak_bytes=measure_peak_memory(job)))
     return replace(comparison, rows=tuple(rows))
-
-
-def memory_exceeds(comparison: Comparison, row: Row) -> bool:
-    """Whether a variant's peak memory is above dense's by more than the allowance."""
-    if row.peak_bytes is None or comparison.dense.peak_bytes is None:
-        return False
-    fraction, packing = ALLOWANCE
-    return row.peak_bytes > comparison.dense.peak_bytes * (1 + fraction) + packing
 
 
 if __name__ == "__main__":

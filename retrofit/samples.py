@@ -15,11 +15,9 @@ from retrofit.errors import InputError
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-PASSAGE = 3000  # characters of a passage, some 600 tokens of English
-
 
 def collect_documents(
-    is_long_enough: Callable[[str], bool], wanted: int, *, seed: int = 0
+    is_long_enough: Callable[[str], bool], wanted: int, *, passage: int = 3000, seed: int = 0
 ) -> list[tuple[str, str]]:
     """Prose that ships with Python and with the packages installed beside it.
 
@@ -29,6 +27,7 @@ def collect_documents(
     Args:
         is_long_enough: Whether a text is taken (by its tokens, say).
         wanted: How many to return.
+        passage: Characters at which a text is cut; 3000 are some 600 tokens of English.
         seed: Of their choice and order.
 
     Returns:
@@ -41,11 +40,11 @@ def collect_documents(
     random.Random(seed).shuffle(sources)
     longest = max(len(text) for _, text in sources)
     found: dict[str, str] = {}
-    for start in range(0, longest, PASSAGE):
+    for start in range(0, longest, passage):
         for name, text in sources:
-            passage = text[start : start + PASSAGE].strip()
-            if passage and passage not in found and is_long_enough(passage):
-                found[passage] = f"{name}, from {start}" if start else name
+            piece = text[start : start + passage].strip()
+            if piece and piece not in found and is_long_enough(piece):
+                found[piece] = f"{name}, from {start}" if start else name
             if len(found) == wanted:
                 return [(name, text) for text, name in found.items()]
     raise InputError(
@@ -65,10 +64,9 @@ def _sources() -> Iterator[tuple[str, str]]:
             yield f"docstring of {file.stem}", docstring
     descriptions: dict[str, str] = {}
     for distribution in importlib.metadata.distributions():
-        metadata = distribution.metadata
-        body = metadata.get_payload() or metadata.get("Description")
-        if isinstance(body, str):
-            descriptions[str(metadata["Name"])] = body
+        _, _, body = (distribution.read_text("METADATA") or "").partition("\n\n")
+        if body:
+            descriptions[distribution.name] = body
     for name, body in sorted(descriptions.items()):
         yield f"description of {name}", body
 

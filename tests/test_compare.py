@@ -6,6 +6,7 @@ import functools
 import itertools
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from retrofit import compare, measure, peak_memory
-from retrofit.compare import Comparison, compare_models
+from retrofit.compare import compare_models
+from retrofit.comparison import Comparison
 from retrofit.comparison_report import plot, table, to_dict, verdict
 from retrofit.errors import InputError, NonFiniteError, RetrofitError, UnsupportedError
 from retrofit.measure import ModelCall, ModelInput, Spread
@@ -26,7 +28,6 @@ from retrofit.patching import patch
 from retrofit.peak_memory import (
     MemoryJob,
     measure_peak_memory,
-    memory_exceeds,
     with_peak_memory,
 )
 from retrofit.recipe import Recipe
@@ -230,8 +231,8 @@ def test_spread_gives_median_and_quantiles() -> None:
 
 
 def _with_speed(comparison: Comparison, *speed: float) -> Comparison:
-    row = compare.replace(comparison.variants[0], speed=Spread(values=speed))
-    return compare.replace(comparison, rows=(comparison.dense, row), noisy=False)
+    row = replace(comparison.variants[0], speed=Spread(values=speed))
+    return replace(comparison, rows=(comparison.dense, row), noisy=False)
 
 
 def test_verdict_says_a_loss_as_plainly_as_a_win(compared: Comparison) -> None:
@@ -244,7 +245,7 @@ def test_verdict_says_a_loss_as_plainly_as_a_win(compared: Comparison) -> None:
 
 
 def test_verdict_names_the_limit_that_attention_sets(compared: Comparison) -> None:
-    limited = compare.replace(compared, attention_share=0.2)
+    limited = replace(compared, attention_share=0.2)
     assert "no method can exceed 1.25x" in verdict(limited)
 
 
@@ -262,7 +263,8 @@ def test_data_holds_every_measurement_and_is_json(compared: Comparison) -> None:
 def test_table_has_a_cell_for_every_heading(compared: Comparison) -> None:
     headers, rows = table(compared)
     assert all(len(row) == len(headers) for row in rows)
-    assert [row[0] for row in rows] == ["dense", "half", "whole"]
+    assert headers == ["", "dense", "half", "whole"]
+    assert {"keep asked / measured", "neighbours top1, higher is closer"} <= {r[0] for r in rows}
 
 
 def test_plot_draws_a_picture_that_shows_every_variant(
@@ -286,7 +288,7 @@ def test_peak_memory_is_measured_in_fresh_processes() -> None:
     assert 2**26 < dense < 2**33
     assert abs(half - dense) < 2**26
     assert "memory" in verdict(found)
-    assert table(found)[0][-1].startswith("peak memory")
+    assert table(found)[1][-1][0] == "peak memory, MiB"
 
 
 def test_failing_memory_process_says_what_failed() -> None:
@@ -309,9 +311,9 @@ def test_high_water_mark_counts_what_was_held_since_its_restart() -> None:
 
 
 def test_more_memory_than_the_allowance_is_said(compared: Comparison) -> None:
-    dense = compare.replace(compared.dense, peak_bytes=1000 * 2**20)
+    dense = replace(compared.dense, peak_bytes=1000 * 2**20)
     for extra, exceeds in ((60, False), (70, True)):
-        row = compare.replace(compared.variants[0], peak_bytes=(1000 + extra) * 2**20)
-        found = compare.replace(compared, rows=(dense, row))
-        assert memory_exceeds(found, row) is exceeds
+        row = replace(compared.variants[0], peak_bytes=(1000 + extra) * 2**20)
+        found = replace(compared, rows=(dense, row))
+        assert found.memory_exceeds(row) is exceeds
         assert ("7% more memory than dense" in verdict(found)) is exceeds

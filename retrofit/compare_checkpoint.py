@@ -1,0 +1,162 @@
+"""Compare a checkpoint with patches of it: find it, load it, make inputs, measure."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from retrofit.checkpoint import Checkpoint, find_checkpoint
+from retrofit.compare import Progress, compare_models
+from retrofit.comparison import Comparison
+from retrofit.comparison_inputs import InputChoice, make_inputs
+from retrofit.errors import InputError
+from retrofit.opening import build_networks, load_networks
+from retrofit.patching import patch
+from retrofit.peak_memory import with_peak_memory
+from retrofit.recipe import Recipe
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A patch to compare with dense.
+
+    Attributes:
+        name: For tables.
+        what: A method's name or a recipe.
+        parameters: Settings that replace its own.
+        sites: Globs instead of its own.
+    """
+
+    name: str
+    what: Recipe | str
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    sites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """Where and how a checkpoint's networks are opened.
+
+    Attributes:
+        device: Where they run.
+        dtype: Of the weights; None keeps the checkpoint's own.
+        components: Networks of a pipeline; empty takes those that denoise.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+    """
+
+    device: str
+    dtype: str | None = None
+    components: tuple[str, ...] = ()
+    trust_remote_code: bool = False
+
+
+def compare_checkpoint(
+    model: str | Path,
+    variants: Sequence[Variant],
+    choice: InputChoice,
+    where: Where,
+    *,
+    rounds: int = 3,
+    memory: bool = True,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare a checkpoint, dense, with patches of it.
+
+    Args:
+        model: A checkpoint. One that is patched is compared with its own patch, named `as saved`,
+            besides the variants.
+        variants: Patches; may be empty for a patched checkpoint.
+        choice: Of the inputs.
+        where: Device, dtype and components.
+        rounds: How often every input is timed in every variant.
+        memory: Whether to measure peak memory, in one process for each variant.
+        progress: Called as `progress(what, done, total)`.
+
+    Returns:
+        Rows for dense and every variant.
+
+    Raises:
+        InputError: If a variant does not fit, before any weight is read.
+    """
+    checkpoint = find_checkpoint(model)
+    variants = [*_saved(checkpoint), *variants]
+    if not variants:
+        raise InputError(
+            f"{model}: not patched, so there is nothing to compare it with. "
+            "Name a method with --method, or a recipe with --recipe."
+        )
+    recipes, components = _resolve(checkpoint, variants, where)
+    open_target = functools.partial(_open, str(model), components, where)
+    if progress is not None:
+        progress(f"loading {checkpoint.name}", 0, 1)
+    target = open_target()
+    named = () if components == ("",) else components
+    inputs = make_inputs(target, choice, folder=checkpoint.configs, components=named)
+    comparison = compare_models(
+        target,
+        recipes,
+        inputs,
+        components=named,
+        rounds=rounds,
+        seed=choice.seed,
+        progress=progress,
+    )
+    if memory:
+        del target
+        largest = _largest(inputs)
+        comparison = with_peak_memory(
+            comparison, open_target, largest, components=named, progress=progress
+        )
+    return comparison
+
+
+def _saved(checkpoint: Checkpoint) -> list[Variant]:
+    """The patch that a patched checkpoint records."""
+    if checkpoint.manifest is None:
+        return []
+    checkpoint.manifest.check_files(checkpoint.root)
+    recipe = Recipe.from_dict(checkpoint.manifest.recipe, checkpoint.name)
+    return [Variant(name=f"as saved: {recipe.method.name}", what=recipe)]
+
+
+def _resolve(
+    checkpoint: Checkpoint, variants: Sequence[Variant], where: Where
+) -> tuple[dict[str, Recipe], tuple[str, ...]]:
+    """Every variant's recipe, tried on networks without weights; and the components to load."""
+    recipes: dict[str, Recipe] = {}
+    components: dict[str, None] = {}
+    for variant in variants:
+        if variant.name in recipes:
+            raise InputError(f"compare: {variant.name!r} is asked for twice. Leave one out.")
+        named = where.components or getattr(variant.what, "components", ())
+        networks = build_networks(checkpoint, named, trust_remote_code=where.trust_remote_code)
+        handle = patch(
+            networks, variant.what, sites=variant.sites, components=named, **variant.parameters
+        )
+        recipes[variant.name] = handle.recipe
+        components |= dict.fromkeys(network.component for network, _ in handle.networks)
+    return recipes, tuple(components)
+
+
+def _open(model: str, components: tuple[str, ...], where: Where) -> Any:
+    """The networks with their weights; in a child process too."""
+    return load_networks(
+        find_checkpoint(model),
+        components,
+        device=where.device,
+        dtype=where.dtype,
+        trust_remote_code=where.trust_remote_code,
+    )
+
+
+def _largest(inputs: Sequence[Any]) -> list[Any]:
+    """One input of every network, the one with the most tokens."""
+    by_network: dict[str, Any] = {}
+    for item in inputs:
+        held = by_network.get(item.network)
+        if held is None or (item.tokens or 0) > (held.tokens or 0):
+            by_network[item.network] = item
+    return list(by_network.values())

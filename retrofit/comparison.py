@@ -1,0 +1,90 @@
+"""What a comparison measured: one row for the dense model, one for each patched variant."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from retrofit.measure import Spread
+from retrofit.metrics import Metric
+from retrofit.patching import PatchReport
+from retrofit.recipe import Recipe
+
+ALLOWANCE = (0.05, 16 * 2**20)  # of peak memory: fraction of dense's, and bytes for packing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """What was measured of one variant.
+
+    Attributes:
+        name: `dense`, or the label it was given.
+        recipe: What was patched, None for dense.
+        report: Sites patched and skipped, None for dense.
+        keep_asked: The method's `keep` setting, where it has one.
+        keep_measured: Mean fraction of query-key pairs computed, over the patched sites.
+        calls: Attention calls of the patched sites that ran `patched` and `dense` (too short,
+            or decoding) while the kept fraction was measured.
+        metrics: By name, one value an input against the dense output; empty for dense.
+        seconds: One value for each input in each round.
+        speed: Dense seconds over this variant's, for each input in each round; above 1 is faster.
+        peak_bytes: Peak memory of a process of its own, where it was measured.
+    """
+
+    name: str
+    recipe: Recipe | None = None
+    report: PatchReport | None = None
+    keep_asked: float | None = None
+    keep_measured: float | None = None
+    calls: Mapping[str, int] = field(default_factory=dict)
+    metrics: Mapping[str, Spread] = field(default_factory=dict)
+    seconds: Spread
+    speed: Spread
+    peak_bytes: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Comparison:
+    """Dense and patched variants side by side; `rows[0]` is dense.
+
+    Attributes:
+        family: Of the networks compared.
+        rows: Dense first, then the variants in their order.
+        metrics: What the keys of `Row.metrics` mean.
+        inputs: Names of the inputs.
+        tokens: Tokens of the largest input, where known.
+        rounds: How often every input ran in every variant while it was timed.
+        machine: Device, dtype, versions, threads.
+        load: Load average before and after.
+        noisy: Whether dense times of equal inputs varied by more than a quarter.
+        attention_share: Attention's share of the dense model's work at this size, where known.
+    """
+
+    family: str
+    rows: tuple[Row, ...]
+    metrics: tuple[Metric, ...]
+    inputs: tuple[str, ...]
+    tokens: int | None
+    rounds: int
+    machine: Mapping[str, Any]
+    load: tuple[float | None, float | None]
+    noisy: bool
+    attention_share: float | None = None
+
+    @property
+    def dense(self) -> Row:
+        """The model as it was."""
+        return self.rows[0]
+
+    @property
+    def variants(self) -> tuple[Row, ...]:
+        """The patched ones."""
+        return self.rows[1:]
+
+    def memory_exceeds(self, row: Row) -> bool:
+        """Whether a variant's peak memory is above dense's by more than the allowance."""
+        if row.peak_bytes is None or self.dense.peak_bytes is None:
+            return False
+        fraction, packing = ALLOWANCE
+        return row.peak_bytes > self.dense.peak_bytes * (1 + fraction) + packing
