@@ -103,5 +103,13 @@ class Network:
 
 
 def argument(args: tuple[Any, ...], kwargs: dict[str, Any], position: int, name: str) -> Any:
-    """The argument of a forward, whether it came by position or by name."""
-    return args[position] if len(args) > position else kwargs[name]
+    """The argument of a forward, whether it came by position or by name.
+
+    Raises:
+        TypeError: If it did not come at all, as Python says of any call.
+    """
+    if len(args) > position:
+        return args[position]
+    if name not in kwargs:
+        raise TypeError(f"forward() missing 1 required positional argument: {name!r}")
+    return kwargs[name]
