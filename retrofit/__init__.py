@@ -10,14 +10,24 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from retrofit.loading import load, patch_of
     from retrofit.patching import Patch, patch
     from retrofit.recipe import Recipe
+    from retrofit.saving import save, unpatch
 
 __version__ = "0.1.0"
 
-__all__ = ["Patch", "Recipe", "patch"]
+__all__ = ["Patch", "Recipe", "load", "patch", "patch_of", "save", "unpatch"]
 
-_HOME = {"Patch": "patching", "Recipe": "recipe", "patch": "patching"}
+_HOME = {
+    "Patch": "patching",
+    "Recipe": "recipe",
+    "load": "loading",
+    "patch": "patching",
+    "patch_of": "loading",
+    "save": "saving",
+    "unpatch": "saving",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from importlib import metadata
@@ -105,6 +106,14 @@ class Manifest:
         rest = {k: v for k, v in data.items() if k not in ("schema", "digest", *records)}
         return cls(**{**rest, **records, "family": tuple(data["family"])})
 
+    @property
+    def patched(self) -> list[str]:
+        """Paths of the patched sites, with their network."""
+        return [
+            ".".join(part for part in (site["network"], site["path"]) if part)
+            for site in self.sites
+        ]
+
     def to_dict(self) -> dict[str, Any]:
         """As plain data, with the schema in front and a digest of the whole at the end."""
         data: dict[str, Any] = {"schema": SCHEMA}
@@ -118,8 +127,11 @@ class Manifest:
         return data
 
     def write(self, folder: Path) -> None:
-        """Write `retrofit.json`."""
-        (folder / MANIFEST).write_text(json.dumps(self.to_dict(), indent=2) + "\n")
+        """Write `retrofit.json` and flush it to the disk."""
+        with (folder / MANIFEST).open("w") as stream:
+            stream.write(json.dumps(self.to_dict(), indent=2) + "\n")
+            stream.flush()
+            os.fsync(stream.fileno())
 
     def check_files(self, folder: Path) -> None:
         """Compare size and samples of every file, which takes milliseconds.

@@ -1,1 +1,145 @@
-"""The command line: one file per verb; parsing and printing only."""
+"""The command line: one file per verb; here the app, `main` and the error boundary.
+
+Nothing heavy is imported before a command runs: `retrofit --help` answers in under a second.
+"""
+
+from __future__ import annotations
+
+import errno
+import inspect as inspect_module
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any
+
+import typer
+
+from retrofit.commands import (
+    doctor,
+    families,
+    inspect,
+    methods,
+    patch,
+    recipes,
+    unpatch,
+    verify,
+)
+from retrofit.commands.console import say
+from retrofit.errors import RetrofitError
+
+INTERRUPTED = 130
+PERMISSIONS = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+VERBS: dict[str, Callable[..., None]] = {
+    "doctor": doctor.run,
+    "methods": methods.run,
+    "families": families.run,
+    "recipes": recipes.run,
+    "inspect": inspect.run,
+    "patch": patch.run,
+    "verify": verify.run,
+    "unpatch": unpatch.run,
+}
+
+
+def help_text(verb: Callable[..., None]) -> str:
+    """A verb's docstring with its prose unwrapped, so that it fills any terminal's width."""
+    prose, header, examples = inspect_module.cleandoc(verb.__doc__ or "").partition("[bold]")
+    paragraphs = [" ".join(paragraph.split()) for paragraph in prose.split("\n\n")]
+    return "\n\n".join(paragraphs).rstrip() + "\n\n" + header + examples
+
+
+app = typer.Typer(
+    name="retrofit",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for _name, _verb in VERBS.items():
+    app.command(_name, help=help_text(_verb))(_verb)
+
+
+@app.callback()
+def about(
+    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show the traceback of an error; works after any verb.")
+    ] = False,
+) -> None:
+    r"""Replace the attention of a pretrained checkpoint, prove it, save it, undo it.
+
+    [bold]Examples[/bold]
+
+    $ retrofit doctor
+    $ retrofit inspect stabilityai/stable-diffusion-xl-base-1.0 --size 2048x2048
+    $ retrofit patch sdxl/ --method hidiffusion -o sdxl-hidiffusion/
+    $ retrofit verify sdxl-hidiffusion/
+    $ retrofit unpatch sdxl-hidiffusion/ -o sdxl-again/
+
+    Exit codes: 0 done; 2 wrong input, nothing written; 1 a failure; 130 Ctrl-C.
+    """
+    if version:
+        from retrofit import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
+
+
+def run(arguments: list[str]) -> int:
+    """Run the command line: results to stdout, one line to stderr for an error.
+
+    Args:
+        arguments: Without the program's name. `--debug` may stand anywhere.
+
+    Returns:
+        0 done, 2 wrong input, 1 a failure, 130 Ctrl-C.
+    """
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        code = app(arguments, prog_name="retrofit", standalone_mode=False)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except Exception as error:  # noqa: BLE001 - the boundary: nothing passes as a traceback
+        if debug:
+            traceback.print_exc()
+        line, code = describe_error(error)
+        say(f"error: {line}")
+        return code
+    if code == INTERRUPTED:
+        say("stopped; nothing was left half-written.")
+    return code if isinstance(code, int) else 0
+
+
+def describe_error(error: Exception) -> tuple[str, int]:
+    """An exception as one line for people, and its exit code."""
+    if isinstance(error, RetrofitError):
+        return _one_line(error), error.exit_code
+    if isinstance(error, typer.Abort):
+        return "stopped.", INTERRUPTED
+    if hasattr(error, "format_message"):  # a usage error of typer's, wherever it keeps the class
+        command = getattr(getattr(error, "ctx", None), "command_path", "retrofit")
+        return f"{_one_line(error.format_message())} See `{command} --help`.", 2
+    if isinstance(error, OSError) and error.errno is not None:
+        return _describe_os_error(error)
+    return f"{type(error).__name__}: {_one_line(error)} Add --debug to see where.", 1
+
+
+def _describe_os_error(error: OSError) -> tuple[str, int]:
+    where = error.filename2 or error.filename or "the output"
+    if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
+        return f"{where}: the disk is full. Free some space, or give another folder.", 1
+    if error.errno in PERMISSIONS:
+        return f"{where}: not writable here ({error.strerror}). Give another folder.", 2
+    return f"{where}: {error.strerror}. Add --debug to see where.", 1
+
+
+def _one_line(text: Any) -> str:
+    return " ".join(str(text).split())

@@ -131,7 +131,8 @@ PICTURES = Examples(
 def _patch(module: Any) -> int:
     config = getattr(module, "config", None)
     encoder = getattr(config, "encoder", config)
-    return int(getattr(module, "patch_size", None) or getattr(encoder, "patch_size", 14))
+    patch: Any = getattr(module, "patch_size", None) or getattr(encoder, "patch_size", 14)
+    return int(patch)
 
 
 def _view_probes(module: Any) -> tuple[InputSize, ...]:

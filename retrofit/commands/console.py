@@ -1,0 +1,130 @@
+"""What the commands share: tables, JSON, progress bars and lines for people."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+SCHEMA = 1
+PIPED_WIDTH = 160
+
+
+class Report(Protocol):
+    """What a command shows of a patch; both `PatchReport` and a manifest's record fit."""
+
+    @property
+    def patched(self) -> tuple[str, ...]:
+        """Paths of the sites patched."""
+        ...
+
+
+def result(
+    *,
+    family: str | None = None,
+    method: str | None = None,
+    patched: Sequence[str] = (),
+    skipped: Sequence[tuple[str, str]] = (),
+    keep_asked: float | None = None,
+    keep_measured: float | None = None,
+    **more: Any,
+) -> dict[str, Any]:
+    """The object that `--json` prints: the keys of every verb, then the verb's own."""
+    return {
+        "schema": SCHEMA,
+        "family": family,
+        "method": method,
+        "patched": list(patched),
+        "skipped": [{"site": site, "reason": reason} for site, reason in skipped],
+        "keep_asked": keep_asked,
+        "keep_measured": keep_measured,
+        **more,
+    }
+
+
+def print_json(data: Mapping[str, Any]) -> None:
+    """One JSON object on stdout."""
+    sys.stdout.write(json.dumps(data, indent=2, default=str) + "\n")
+
+
+def say(text: str) -> None:
+    """One line on stderr, for people."""
+    sys.stderr.write(text + "\n")
+
+
+def print_lines(*lines: str) -> None:
+    """Results on stdout."""
+    sys.stdout.write("\n".join(lines) + "\n")
+
+
+def print_table(headers: Sequence[str], rows: Sequence[Sequence[Any]], title: str = "") -> None:
+    """A table on stdout; columns of numbers are set to the right."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table(title=title or None, title_justify="left", box=_box(), pad_edge=False)
+    for i, header in enumerate(headers):
+        numbers = bool(rows) and all(_is_number(row[i]) for row in rows)
+        table.add_column(header, justify="right" if numbers else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(Text(str(cell)) for cell in row))
+    _stdout().print(table)
+
+
+@contextmanager
+def progress(what: str, total: int) -> Iterator[Any]:
+    """A bar on stderr with the time left, only on a terminal; yields `advance(num_bytes)`."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.DownloadColumn(),
+        bars.TransferSpeedColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    with bars.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as shown:
+        task = shown.add_task(what, total=total)
+        yield lambda amount: shown.advance(task, amount)
+
+
+def format_bytes(number: float) -> str:
+    """`3.4 GB`, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} {unit}" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+def count(number: int, noun: str) -> str:
+    """`1 site`, `2 sites`."""
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _is_number(cell: Any) -> bool:
+    return isinstance(cell, (int, float)) or str(cell).rstrip("%").replace(".", "", 1).isdigit()
+
+
+def _stdout() -> Console:
+    from rich.console import Console
+
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=False)
+    if not console.is_terminal:
+        console.width = PIPED_WIDTH
+    return console
+
+
+def _box() -> Any:
+    from rich import box
+
+    return box.SIMPLE_HEAD

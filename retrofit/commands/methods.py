@@ -1,0 +1,113 @@
+"""`retrofit methods`: what can be installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+import typing
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrofit.commands import options
+from retrofit.commands.console import print_json, print_lines, print_table, result
+
+if TYPE_CHECKING:
+    from retrofit.methods import Method
+
+
+def run(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Document this one.", show_default=False)
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    r"""List the methods, or document one: what it does, its settings, from what size it helps.
+
+    [bold]Examples[/bold]
+
+    $ retrofit methods
+    method        what it does                                                         paper
+    block-sparse  each block of queries attends to the blocks of keys that matter ...  arxiv ...
+
+    $ retrofit methods block-sparse
+    block-sparse: each block of queries attends to the blocks of keys that matter to it
+    ...
+    keep  float | None  0.5  Fraction of the key blocks that each query block attends to ...
+    """
+    from retrofit.errors import NotFoundError, suggest
+    from retrofit.methods import METHODS
+
+    if name is not None and name not in METHODS:
+        raise NotFoundError(f"method {name!r} does not exist. {suggest(name, METHODS)}")
+    if json:
+        chosen = METHODS if name is None else {name: METHODS[name]}
+        described = {key: _as_json(config) for key, config in chosen.items()}
+        print_json(result(method=name, methods=described))
+    elif name is None:
+        rows = [(key, config.summary, config.paper) for key, config in METHODS.items()]
+        print_table(("method", "what it does", "paper"), rows)
+        print_lines("`retrofit methods NAME` documents one.")
+    else:
+        _document(METHODS[name])
+
+
+def _document(config: type[Method]) -> None:
+    from retrofit.recipe import shipped_recipes
+
+    recipes = [key for key in shipped_recipes() if key.partition("_")[2] == config.name]
+    print_lines(
+        f"{config.name}: {config.summary}",
+        f"paper: {config.paper}",
+        f"helps: {config.helps}",
+        f"{config.lossy}",
+        f"recipes: {', '.join(recipes) or 'none, its defaults below are used'}",
+    )
+    rows = [(p["name"], p["type"], p["default"], p["what"]) for p in _settings(config)]
+    print_table(("setting", "type", "default", "what it is"), rows)
+    print_lines(f"use: retrofit patch MODEL --method {config.name} --set {rows[0][0]}={rows[0][2]}")
+
+
+def _as_json(config: type[Method]) -> dict[str, Any]:
+    return {
+        "summary": config.summary,
+        "paper": config.paper,
+        "helps": config.helps,
+        "lossy": config.lossy,
+        "settings": _settings(config),
+    }
+
+
+def _settings(config: type[Method]) -> list[dict[str, Any]]:
+    """Name, type, default and description of every field."""
+    described = _described_attributes(config)
+    hints = typing.get_type_hints(config)
+    return [
+        {
+            "name": field.name,
+            "type": _spell(hints[field.name]),
+            "default": None if field.default is dataclasses.MISSING else field.default,
+            "what": described.get(field.name, ""),
+        }
+        for field in dataclasses.fields(config)
+    ]
+
+
+def _described_attributes(config: type[Method]) -> dict[str, str]:
+    """The `Attributes` section of a config's docstring."""
+    section = (inspect.getdoc(config) or "").partition("Attributes:")[2]
+    found: dict[str, str] = {}
+    name = ""
+    for line in section.splitlines():
+        start = re.match(r"    (\w+): (.*)", line)
+        if start:
+            name = start.group(1)
+            found[name] = start.group(2)
+        elif name and line.startswith("        "):
+            found[name] += " " + line.strip()
+    return found
+
+
+def _spell(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")

@@ -1,0 +1,187 @@
+"""Arguments and options that several commands share, and how their texts are read."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrofit.errors import ConfigError, InputError
+
+if TYPE_CHECKING:
+    from retrofit.recipe import Recipe
+
+WHAT = "What to install"
+WHERE = "Where it runs"
+OUTPUT = "What is written"
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A folder (pipeline, component or transformers model), a hub id, or a .safetensors "
+        "file.",
+        show_default=False,
+    ),
+]
+Patched = Annotated[
+    str,
+    typer.Argument(metavar="OUT", help="A folder that `retrofit patch` wrote.", show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
+Device = Annotated[
+    str | None,
+    typer.Option(
+        "--device", help="cuda, cpu, ...; the GPU where there is one.", rich_help_panel=WHERE
+    ),
+]
+Dtype = Annotated[
+    str | None,
+    typer.Option(
+        "--dtype",
+        help="float32, bfloat16 or float16; the checkpoint's own by default.",
+        rich_help_panel=WHERE,
+    ),
+]
+TrustRemoteCode = Annotated[
+    bool,
+    typer.Option(
+        "--trust-remote-code",
+        help="Run code that comes with the checkpoint.",
+        rich_help_panel=WHERE,
+    ),
+]
+Components = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--component",
+        help="Network of a pipeline to take, instead of those that denoise; may be repeated.",
+        rich_help_panel=WHAT,
+    ),
+]
+Config = Annotated[
+    str,
+    typer.Option(
+        "--config",
+        help="For a single file: folder or hub id with its configs.",
+        rich_help_panel=WHAT,
+        show_default=False,
+    ),
+]
+Method = Annotated[
+    str | None,
+    typer.Option(
+        "--method",
+        "-m",
+        help="Its shipped recipe for this family, else its defaults.",
+        rich_help_panel=WHAT,
+    ),
+]
+RecipeFile = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe", help="A YAML file, or the name of a shipped one.", rich_help_panel=WHAT
+    ),
+]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", help="A setting, as in --set keep=0.25; may be repeated.", rich_help_panel=WHAT
+    ),
+]
+Sites = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--sites",
+        help="Glob over site paths; ! in front excludes; may be repeated.",
+        rich_help_panel=WHAT,
+    ),
+]
+Out = Annotated[
+    Path, typer.Option("-o", "--out", help="New folder.", rich_help_panel=OUTPUT, metavar="FOLDER")
+]
+Link = Annotated[
+    bool,
+    typer.Option("--link", help="Hard-link the files, not copy them.", rich_help_panel=OUTPUT),
+]
+Force = Annotated[
+    bool,
+    typer.Option("--force", help="Replace an earlier result.", rich_help_panel=OUTPUT),
+]
+
+
+def read_settings(settings: list[str] | None) -> dict[str, Any]:
+    """Settings like `keep=0.25` as typed values.
+
+    Raises:
+        ConfigError: If one has no value, or is the word that people read both ways.
+    """
+    import yaml
+
+    values: dict[str, Any] = {}
+    for setting in settings or []:
+        name, separator, text = setting.partition("=")
+        name = name.strip().replace("-", "_")
+        if not separator or not name or not text.strip():
+            raise ConfigError(f"--set {setting}: expected NAME=VALUE, as in --set keep=0.25.")
+        if name == "sparsity":
+            raise ConfigError(
+                f"--set {setting}: sparsity is read both ways. Say keep: keep=0.1 leaves a tenth "
+                "of the work, keep=0.9 leaves nine tenths."
+            )
+        try:
+            values[name] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(
+                f"--set {setting}: expected a number, a word or a list like [1,2], got {text!r}."
+            ) from error
+    return values
+
+
+def read_recipe(method: str | None, recipe: str | None) -> Recipe | str:
+    """What `patch` takes, from `--method` and `--recipe`.
+
+    Raises:
+        InputError: If neither is given, or they disagree.
+    """
+    from retrofit.recipe import Recipe, shipped_recipes
+
+    if recipe is not None:
+        shipped = shipped_recipes()
+        found = Recipe.read(shipped.get(recipe, Path(recipe).expanduser()))
+        if method not in (None, found.method.name):
+            raise InputError(
+                f"--recipe {recipe}: is for {found.method.name}, --method says {method}. "
+                "Give one of them."
+            )
+        return found
+    if method is None:
+        from retrofit.methods import METHODS
+
+        raise InputError(f"expected --method or --recipe. Methods: {', '.join(METHODS)}.")
+    return method
+
+
+def read_size(size: str | None) -> tuple[int | None, int | None]:
+    """`1920x1080` as width and height.
+
+    Raises:
+        InputError: If it is not a size.
+    """
+    if size is None:
+        return None, None
+    width, separator, height = size.lower().partition("x")
+    if not (separator and width.isdigit() and height.isdigit() and int(width) and int(height)):
+        raise InputError(f"--size {size}: expected WIDTHxHEIGHT in pixels, as in 1920x1080.")
+    return int(width), int(height)
+
+
+def require_positive(name: str, value: int | None) -> None:
+    """Refuse a count below 1.
+
+    Raises:
+        InputError: If it is.
+    """
+    if value is not None and value < 1:
+        raise InputError(f"--{name} {value}: expected 1 or more.")

@@ -1,0 +1,180 @@
+"""What this machine can use: libraries, devices, room, and the backends of the operators."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from platform import machine, platform, python_version
+from typing import Any
+
+LIBRARIES = (
+    "torch",
+    "triton",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "safetensors",
+    "huggingface_hub",
+)
+OPTIONAL = {"peft": "LoRA adapters on a patched model"}
+DISTRIBUTION = "retrofit-attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """One line of the report.
+
+    Attributes:
+        what: What was looked at.
+        ok: Whether it can be used.
+        found: What is there, or why it can't be used.
+        fix: The command that mends it, empty when nothing is wrong.
+    """
+
+    what: str
+    ok: bool
+    found: str
+    fix: str = ""
+
+
+def examine() -> dict[str, list[Finding]]:
+    """Look at everything; each section is a list of findings."""
+    return {
+        "libraries": examine_libraries(),
+        "devices": examine_devices(),
+        "room": examine_room(),
+        "backends": examine_backends(),
+    }
+
+
+def examine_libraries() -> list[Finding]:
+    """Versions, compared with what this package asks for."""
+    asked = _requirements()
+    found = [Finding(what="python", ok=sys.version_info >= (3, 11), found=python_version())]
+    for name in LIBRARIES:
+        required = asked.get(name)
+        version = _version(name)
+        if version is None:
+            if name == "triton" and not sys.platform.startswith("linux"):
+                found.append(Finding(what=name, ok=True, found="not made for this system"))
+                continue
+            found.append(Finding(what=name, ok=False, found="missing", fix=f"pip install {name}"))
+        elif required is not None and not required.contains(version, prereleases=True):
+            fix = f"pip install --upgrade '{name}{required}'"
+            found.append(
+                Finding(what=name, ok=False, found=f"{version}, needs {required}", fix=fix)
+            )
+        else:
+            found.append(Finding(what=name, ok=True, found=version))
+    for name, purpose in OPTIONAL.items():
+        version = _version(name)
+        text = version or f"not installed; only for {purpose}: pip install {name}"
+        found.append(Finding(what=name, ok=True, found=text))
+    return found
+
+
+def examine_devices() -> list[Finding]:
+    """GPUs, and why there is none."""
+    import torch
+
+    found = []
+    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        free, total = torch.cuda.mem_get_info(i)
+        capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
+        text = (
+            f"{torch.cuda.get_device_name(i)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, "
+            f"capability {capability}"
+        )
+        found.append(Finding(what=f"cuda:{i}", ok=True, found=text))
+    if torch.backends.mps.is_available():
+        found.append(Finding(what="mps", ok=True, found="Apple GPU: PyTorch routes only"))
+    if not found:
+        found.append(_why_no_gpu(torch))
+    threads = torch.get_num_threads()
+    cores = f"{machine()}, {os.cpu_count()} cores, {threads} threads"
+    return [*found, Finding(what="cpu", ok=True, found=cores)]
+
+
+def examine_room() -> list[Finding]:
+    """Memory and disk."""
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = [
+        Finding(
+            what="memory",
+            ok=True,
+            found=f"{memory.available / 1e9:.1f} of {memory.total / 1e9:.1f} GB free",
+        )
+    ]
+    places = {"disk here": Path.cwd(), "temporary files": Path(tempfile.gettempdir())}
+    for what, path in places.items():
+        usage = shutil.disk_usage(path)
+        text = f"{usage.free / 1e9:.1f} of {usage.total / 1e9:.1f} GB free"
+        fix = "" if usage.free > 1e9 else "free some space: a copy of a checkpoint needs its size"
+        found.append(Finding(what=what, ok=not fix, found=text, fix=fix))
+    return found
+
+
+def examine_backends() -> list[Finding]:
+    """Every backend of every operator: usable, or why not and what mends it."""
+    from retrofit import kernels
+
+    table: Any = getattr(kernels, "backends", None)
+    if table is None:
+        return []
+    return [
+        Finding(what=f"{row.operator}: {row.backend}", ok=row.ok, found=row.reason, fix=row.fix)
+        for row in table()
+    ]
+
+
+def system() -> str:
+    """One line about the machine."""
+    return platform()
+
+
+def _why_no_gpu(torch: Any) -> Finding:
+    if torch.version.cuda is None and torch.version.hip is None:
+        if shutil.which("nvidia-smi"):
+            return Finding(
+                what="gpu",
+                ok=False,
+                found=f"there is one, but torch {torch.__version__} was built without CUDA",
+                fix="pip install --force-reinstall torch "
+                "--index-url https://download.pytorch.org/whl/cu128",
+            )
+        return Finding(
+            what="gpu", ok=True, found="none: everything runs on the CPU, real models slowly"
+        )
+    return Finding(
+        what="gpu",
+        ok=False,
+        found="torch was built for one, but no driver or device answers",
+        fix="nvidia-smi   # shows whether the driver works; in a container add --gpus all",
+    )
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        # a build that carries no record of itself, like torch's from source
+        return "?" if importlib.util.find_spec(name) else None
+
+
+def _requirements() -> dict[str, Any]:
+    """What this package asks for, by name."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires(DISTRIBUTION) or []
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        return {}
+    return {r.name: r.specifier for r in map(Requirement, lines)}
