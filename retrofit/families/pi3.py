@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from retrofit.families.base import Family, has_parts
+from retrofit.families.examples import VIEWS
 from retrofit.grid import TokenGrid
 from retrofit.sites import AttentionSite, Network, argument
 
@@ -54,4 +55,5 @@ FAMILY = Family(
     examples=("yyfz233/Pi3",),
     recognises=recognises,
     describe=describe,
+    inputs=VIEWS,
 )

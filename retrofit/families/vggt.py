@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from retrofit.families.base import Family, has_parts
+from retrofit.families.examples import VIEWS
 from retrofit.grid import TokenGrid
 from retrofit.sites import AttentionSite, Network, argument
 
@@ -59,4 +60,5 @@ FAMILY = Family(
     examples=("facebook/VGGT-1B",),
     recognises=recognises,
     describe=describe,
+    inputs=VIEWS,
 )
