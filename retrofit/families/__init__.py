@@ -1,18 +1,27 @@
-"""Architectures, recognised by structure: one file each."""
+"""Architectures, recognised by structure: one file each, found by being here."""
 
 from __future__ import annotations
+
+import importlib
+import pkgutil
 
 from torch import nn
 
 from retrofit.errors import UnsupportedError
-from retrofit.families import encoder, pi3, unet2d, vggt, vit, wan
 from retrofit.families.base import Family
 
 __all__ = ["FAMILIES", "Family", "find_family", "require_family"]
 
-FAMILIES: dict[str, Family] = {
-    module.FAMILY.name: module.FAMILY for module in (encoder, vit, unet2d, wan, vggt, pi3)
-}
+
+def _find_families() -> dict[str, Family]:
+    """The `FAMILY` of every file in this folder that has one, by its name."""
+    modules = [
+        importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)
+    ]
+    return {module.FAMILY.name: module.FAMILY for module in modules if hasattr(module, "FAMILY")}
+
+
+FAMILIES: dict[str, Family] = _find_families()
 
 
 def find_family(module: nn.Module) -> Family | None:
