@@ -195,7 +195,8 @@ class GuardRoot:
         """
         compiling = torch.compiler.is_compiling()
         if not compiling:
-            self.state.keep_up()
+            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+            self.state.keep_up(timestep)
         if self.method.needs_steps and not self.state.values["known"]:
             raise RetrofitError(
                 f"{self.where}: {self.method.name} must know the denoising step. Patch the "

@@ -116,12 +116,23 @@ class RunState:
         self._pipeline = weakref.ref(pipeline)
         self.keep_up()
 
-    def keep_up(self) -> None:
-        """Follow the pipeline's present scheduler; called before every eager root call."""
+    def keep_up(self, timestep: Any = None) -> None:
+        """Follow the pipeline's present scheduler; called before every eager root call.
+
+        Args:
+            timestep: What the network is called with. A scheduler that was put in after patching
+                has set its timesteps unseen: its run is taken up here, at this one.
+        """
         pipeline = self._pipeline() if self._pipeline is not None else None
         scheduler = getattr(pipeline, "scheduler", None)
-        if scheduler is not None and not self.follows(scheduler):
-            self.follow(scheduler)
+        if scheduler is None or self.follows(scheduler):
+            return
+        self.follow(scheduler)
+        if timestep is not None and len(scheduler.timesteps):
+            self.begin(len(scheduler.timesteps))
+            value = timestep.max() if isinstance(timestep, Tensor) else timestep
+            self.first_step = _current_step(scheduler, self, value)
+            self.enter(self.first_step, at_model_input=True)
 
     def detach(self) -> None:
         """Leave pipeline and scheduler as they were found."""
