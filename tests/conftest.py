@@ -11,3 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 torch.set_num_threads(1)
+
+from tests.checkpoint_fixtures import (  # noqa: E402, F401
+    copy_of,
+    encoder,
+    patched,
+    patched_pipeline,
+    pipeline,
+    run_command,
+)

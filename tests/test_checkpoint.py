@@ -1,0 +1,308 @@
+"""Finding checkpoints and looking at their weights before anything runs."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel, WanTransformer3DModel
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+from retrofit.checkpoint import find_checkpoint
+from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError
+from retrofit.opening import build_networks, check_weights, load_networks
+from retrofit.saving import plan_patch, write_patched
+from retrofit.weights import check_folder, read_header
+from tests import tiny_models
+
+WEIGHTS = "model.safetensors"
+
+
+def test_a_transformers_folder_is_one_network(encoder):
+    found = find_checkpoint(encoder)
+    assert found.layout == "transformers"
+    assert found.classes == {"": ("transformers", "BertModel")}
+
+
+def test_a_pipeline_folder_lists_its_networks(pipeline):
+    found = find_checkpoint(pipeline)
+    assert found.layout == "pipeline"
+    assert found.classes.keys() == {"vae", "text_encoder", "unet"}
+    assert found.pipeline_class == "StableDiffusionPipeline"
+
+
+def test_a_component_folder_of_a_pipeline_is_a_checkpoint_of_its_own(pipeline):
+    found = find_checkpoint(pipeline / "unet")
+    assert found.layout == "diffusers"
+    assert found.classes == {"": ("diffusers", "UNet2DConditionModel")}
+
+
+def test_networks_are_built_without_weights(pipeline):
+    networks = build_networks(find_checkpoint(pipeline)).components
+    assert networks.keys() == {"unet"}
+    assert all(p.is_meta for p in networks["unet"].parameters())
+
+
+def test_naming_a_component_takes_that_one(pipeline):
+    networks = build_networks(find_checkpoint(pipeline), ["text_encoder"]).components
+    assert networks.keys() == {"text_encoder"}
+
+
+def test_a_misspelt_component_names_the_nearest(pipeline):
+    with pytest.raises(NotFoundError, match="Did you mean unet"):
+        build_networks(find_checkpoint(pipeline), ["unett"])
+
+
+def test_weights_load_in_their_own_dtype(encoder, copy_of):
+    folder = copy_of(encoder)
+    halves = {name: x.half() for name, x in load_file(folder / WEIGHTS).items()}
+    save_file(halves, folder / WEIGHTS, metadata={"format": "pt"})
+    model = load_networks(find_checkpoint(folder), [""], device="cpu")
+    assert {p.dtype for p in model.parameters()} == {torch.float16}
+    asked = load_networks(find_checkpoint(folder), [""], device="cpu", dtype="float32")
+    assert {p.dtype for p in asked.parameters()} == {torch.float32}
+
+
+def test_a_variant_is_taken_where_there_is_nothing_else(pipeline, copy_of):
+    folder = copy_of(pipeline) / "unet"
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    weights.rename(folder / "diffusion_pytorch_model.fp16.safetensors")
+    found = find_checkpoint(folder)
+    assert check_weights(found)[""].variant == "fp16"
+    loaded = load_networks(found, [""], device="cpu")
+    dense = UNet2DConditionModel.from_pretrained(pipeline / "unet")
+    assert torch.equal(loaded.conv_in.weight, dense.conv_in.weight)
+
+
+def test_shards_are_followed_through_their_index(encoder, tmp_path):
+    AutoModel.from_pretrained(encoder).save_pretrained(tmp_path, max_shard_size="30kB")
+    weights = check_weights(find_checkpoint(tmp_path))[""]
+    assert len(weights.files) > 1
+    loaded = load_networks(find_checkpoint(tmp_path), [""], device="cpu").state_dict()
+    for name, tensor in AutoModel.from_pretrained(encoder).state_dict().items():
+        assert torch.equal(loaded[name], tensor)
+
+
+def _cut_header(folder):
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def _cut_tensors(folder):
+    file = folder / WEIGHTS
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def _append(folder):
+    with (folder / WEIGHTS).open("ab") as stream:
+        stream.write(b"x")
+
+
+def _empty(folder):
+    (folder / WEIGHTS).write_bytes(b"")
+
+
+def _garble(folder):
+    file = folder / WEIGHTS
+    data = bytearray(file.read_bytes())
+    data[8:12] = b"<htm"
+    file.write_bytes(bytes(data))
+
+
+def _index_of_missing(folder):
+    index = {"weight_map": {"a": WEIGHTS, "b": "model-00002-of-00002.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def _index_of_other_tensors(folder):
+    index = {"weight_map": {"pooler.dense.missing": WEIGHTS}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def _index_without_map(folder):
+    (folder / f"{WEIGHTS}.index.json").write_text("[]")
+
+
+BROKEN = {
+    "header-cut": (_cut_header, "a header of"),
+    "tensors-cut": (_cut_tensors, "where its header says"),
+    "bytes-appended": (_append, "where its header says"),
+    "empty": (_empty, "in a file of 0"),
+    "a-web-page": (_garble, "a header that can't be read"),
+    "shard-missing": (_index_of_missing, "1 missing: model-00002-of-00002"),
+    "shard-without-its-tensor": (_index_of_other_tensors, "without 1 of its tensors"),
+    "index-without-map": (_index_without_map, "expected a weight_map"),
+    "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no weights"),
+    "odd-name": (lambda f: (f / WEIGHTS).rename(f / "odd.safetensors"), "or their index"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+def test_broken_weights_are_found_without_reading_them(name, encoder, copy_of):
+    folder = copy_of(encoder)
+    breaking, message = BROKEN[name]
+    breaking(folder)
+    with pytest.raises(CheckpointError, match=message):
+        check_weights(find_checkpoint(folder))
+
+
+def test_weights_that_lack_a_tensor_of_the_config_are_refused(encoder, copy_of):
+    folder = copy_of(encoder)
+    tensors = load_file(folder / WEIGHTS)
+    del tensors["encoder.layer.1.attention.self.query.weight"]
+    save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="lack 1 tensors"):
+        load_networks(find_checkpoint(folder), [""], device="cpu")
+
+
+def test_a_header_tells_shapes_without_reading_tensors(encoder):
+    header = read_header(encoder / WEIGHTS)
+    assert header["pooler.dense.weight"].shape == (48, 48)
+    assert header["pooler.dense.weight"].num_bytes == 48 * 48 * 4
+
+
+def test_a_pickled_file_is_refused_with_a_command_that_converts_it(encoder, tmp_path):
+    weights = load_file(encoder / WEIGHTS)
+    torch.save({"state_dict": weights}, tmp_path / "old.ckpt")
+    with pytest.raises(CheckpointError, match="a pickle") as caught:
+        find_checkpoint(tmp_path / "old.ckpt")
+    code, arguments = re.search(r'python -c "(.*)" (.*)$', str(caught.value)).groups()
+    argv = sys.argv
+    try:
+        sys.argv = ["-c", *arguments.split()]
+        exec(code, {})
+    finally:
+        sys.argv = argv
+    converted = load_file(tmp_path / "old.safetensors")
+    assert converted.keys() == weights.keys()
+
+
+def test_a_pickled_folder_is_refused_with_a_command_that_converts_it(encoder, copy_of):
+    folder = copy_of(encoder)
+    torch.save(load_file(folder / WEIGHTS), folder / "pytorch_model.bin")
+    (folder / WEIGHTS).unlink()
+    with pytest.raises(CheckpointError, match="got only pytorch_model.bin") as caught:
+        check_weights(find_checkpoint(folder))
+    exec(re.search(r'python -c "(.*)"$', str(caught.value)).group(1), {})
+    check_weights(find_checkpoint(folder))
+    before = load_networks(find_checkpoint(encoder), [""], device="cpu").state_dict()
+    after = load_networks(find_checkpoint(folder), [""], device="cpu").state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_check_folder_takes_safetensors_beside_pickles(encoder, copy_of):
+    folder = copy_of(encoder)
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+    assert check_folder(folder, convert="").dtype == "float32"
+
+
+def test_code_that_comes_with_a_checkpoint_needs_a_flag(encoder, copy_of):
+    folder = copy_of(encoder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"architectures": ["OwnModel"], "auto_map": {"AutoModel": "own.OwnModel"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="--trust-remote-code"):
+        build_networks(find_checkpoint(folder))
+
+
+def test_a_component_missing_from_a_pipeline_is_named(pipeline, copy_of):
+    folder = copy_of(pipeline)
+    shutil.rmtree(folder / "scheduler")
+    with pytest.raises(CheckpointError, match="lists scheduler, but its folder is missing"):
+        find_checkpoint(folder)
+
+
+def test_a_class_that_the_library_lacks_says_to_upgrade(pipeline, copy_of):
+    folder = copy_of(pipeline)
+    config = json.loads((folder / "unet" / "config.json").read_text())
+    config["_class_name"] = "UNet9DConditionModel"
+    (folder / "unet" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="pip install --upgrade diffusers"):
+        build_networks(find_checkpoint(folder / "unet"))
+
+
+def _original_wan_names(state):
+    """The public release's names for diffusers' tensors."""
+    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
+
+    parts = {
+        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
+        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
+        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
+        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
+        "condition_embedder.time_proj": "time_projection.1",
+        "scale_shift_table": "modulation",
+        "proj_out": "head.head",
+        "ffn.net.0.proj": "ffn.0",
+        "ffn.net.2": "ffn.2",
+        "attn1.to_out.0": "self_attn.o",
+        "attn2.to_out.0": "cross_attn.o",
+        "attn1.to_": "self_attn.",
+        "attn2.to_": "cross_attn.",
+        "attn1": "self_attn",
+        "attn2": "cross_attn",
+        "norm2": "norm3",
+    }
+    renamed = {}
+    for name, tensor in state.items():
+        for ours, theirs in parts.items():
+            name = name.replace(ours, theirs)
+        name = "head.modulation" if name == "modulation" else name
+        renamed[f"model.diffusion_model.{name}"] = tensor
+    assert convert_wan_transformer_to_diffusers(dict(renamed)).keys() == state.keys()
+    return renamed
+
+
+@pytest.fixture
+def single_file(tmp_path):
+    """A tiny Wan in one file under the public release's names, and a folder with its config."""
+    model = tiny_models.make_wan()
+    model.save_config(tmp_path / "configs" / "transformer")
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (tmp_path / "configs" / "model_index.json").write_text(json.dumps(index))
+    save_file(_original_wan_names(model.state_dict()), tmp_path / "wan.safetensors")
+    return tmp_path / "wan.safetensors", tmp_path / "configs", model
+
+
+def test_a_single_file_is_loaded_with_configs_beside_it(single_file):
+    file, configs, model = single_file
+    found = find_checkpoint(file, config=str(configs))
+    assert found.layout == "single-file"
+    assert found.classes == {"": ("diffusers", "WanTransformer3DModel")}
+    loaded = load_networks(found, [""], device="cpu").state_dict()
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_patched_single_file_needs_nothing_but_its_folder(single_file, tmp_path):
+    import retrofit
+
+    file, configs, model = single_file
+    out = tmp_path / "patched"
+    plan = plan_patch(find_checkpoint(file, config=str(configs)), "neighborhood")
+    write_patched(plan, out, proof=None)
+    shutil.rmtree(configs)
+    assert (out / "wan.safetensors").read_bytes() == file.read_bytes()
+    loaded = retrofit.load(out)
+    assert isinstance(loaded, WanTransformer3DModel)
+    assert len(retrofit.patch_of(loaded).report.patched) == 2
+    retrofit.patch_of(loaded).remove()
+    inputs = tiny_models.make_wan_inputs()
+    call = tiny_models.call_diffusers
+    assert torch.equal(call(loaded, inputs), call(model, inputs))
+    retrofit.unpatch(out, tmp_path / "back")
+    assert [path.name for path in (tmp_path / "back").iterdir()] == ["wan.safetensors"]
+
+
+def test_a_single_file_without_configs_asks_for_them(single_file):
+    with pytest.raises(NotFoundError, match="Wan-AI/.*--config|--config.*Wan-AI/"):
+        find_checkpoint(single_file[0])
+
+
+def test_one_shard_of_a_folder_is_not_taken_for_a_single_file(encoder):
+    with pytest.raises(CheckpointError, match="Give its folder"):
+        find_checkpoint(encoder / WEIGHTS)
