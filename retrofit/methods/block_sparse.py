@@ -152,7 +152,7 @@ class BlockSparse:
         if self._is_dense():
             return 1.0
         parts = self._arrange(query, key, None)
-        block_map = self._choose(parts, None) if self.block_map is None else self.block_map
+        block_map = self.choose_blocks(query, key) if self.block_map is None else self.block_map
         real = self.real
         if real is None:
             real = torch.ones(1, self.grid.num_tokens, dtype=torch.bool, device=query.device)
@@ -165,6 +165,10 @@ class BlockSparse:
         total = real.sum(1).double()
         pairs = pairs + self.grid.num_special_tokens * total
         return (pairs.sum() / (total**2).expand_as(pairs).sum()).item()
+
+    def choose_blocks(self, query: Tensor, key: Tensor) -> Tensor:
+        """The blocks that a call without a mask attends to, as in `block_map`."""
+        return self._choose(self._arrange(query, key, None), None)
 
     def _is_dense(self) -> bool:
         """Whether every block is kept whatever the scores are."""
