@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from retrofit.compare import Progress, compare_models
 from retrofit.comparison import Comparison
 from retrofit.comparison_inputs import InputChoice, make_inputs
 from retrofit.errors import InputError
+from retrofit.inspection import NetworkReport, inspect_checkpoint
 from retrofit.opening import build_networks, load_networks
 from retrofit.patching import patch
 from retrofit.peak_memory import with_peak_memory
@@ -44,11 +45,13 @@ class Where:
         device: Where they run.
         dtype: Of the weights; None keeps the checkpoint's own.
         components: Networks of a pipeline; empty takes those that denoise.
+        config: For a single file: folder or hub id with its configs.
         trust_remote_code: Whether code that comes with the checkpoint may run.
     """
 
     device: str
     dtype: str | None = None
+    config: str = ""
     components: tuple[str, ...] = ()
     trust_remote_code: bool = False
 
@@ -81,7 +84,7 @@ def compare_checkpoint(
     Raises:
         InputError: If a variant does not fit, before any weight is read.
     """
-    checkpoint = find_checkpoint(model)
+    checkpoint = find_checkpoint(model, config=where.config)
     variants = [*_saved(checkpoint), *variants]
     if not variants:
         raise InputError(
@@ -89,11 +92,15 @@ def compare_checkpoint(
             "Name a method with --method, or a recipe with --recipe."
         )
     recipes, components = _resolve(checkpoint, variants, where)
+    named = () if components == ("",) else components
+    reports = inspect_checkpoint(
+        checkpoint, choice.asked, components=named, trust_remote_code=where.trust_remote_code
+    )
+    choice = replace(choice, sizes={report.name: report.size for report in reports})
     open_target = functools.partial(_open, str(model), components, where)
     if progress is not None:
         progress(f"loading {checkpoint.name}", 0, 1)
     target = open_target()
-    named = () if components == ("",) else components
     inputs = make_inputs(target, choice, folder=checkpoint.configs, components=named)
     comparison = compare_models(
         target,
@@ -104,13 +111,22 @@ def compare_checkpoint(
         seed=choice.seed,
         progress=progress,
     )
-    if memory:
-        del target
-        largest = _largest(inputs)
-        comparison = with_peak_memory(
-            comparison, open_target, largest, components=named, progress=progress
-        )
-    return comparison
+    del target
+    comparison = replace(
+        comparison,
+        attention_share=_attention_share(reports),
+        tokens=max(row.tokens for report in reports for row in report.sites),
+    )
+    if not memory:
+        return comparison
+    return with_peak_memory(
+        comparison, open_target, _largest(inputs), components=named, progress=progress
+    )
+
+
+def _attention_share(reports: Sequence[NetworkReport]) -> float:
+    """Of all networks together."""
+    return sum(r.attention_flops for r in reports) / sum(r.flops for r in reports)
 
 
 def _saved(checkpoint: Checkpoint) -> list[Variant]:
@@ -144,7 +160,7 @@ def _resolve(
 def _open(model: str, components: tuple[str, ...], where: Where) -> Any:
     """The networks with their weights; in a child process too."""
     return load_networks(
-        find_checkpoint(model),
+        find_checkpoint(model, config=where.config),
         components,
         device=where.device,
         dtype=where.dtype,

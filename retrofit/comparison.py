@@ -53,12 +53,12 @@ class Comparison:
         rows: Dense first, then the variants in their order.
         metrics: What the keys of `Row.metrics` mean.
         inputs: Names of the inputs.
-        tokens: Tokens of the largest input, where known.
+        tokens: Tokens of the largest input or attention call, where known.
         rounds: How often every input ran in every variant while it was timed.
         machine: Device, dtype, versions, threads.
         load: Load average before and after.
         noisy: Whether dense times of equal inputs varied by more than a quarter.
-        attention_share: Attention's share of the dense model's work at this size, where known.
+        attention_share: Attention's share of the dense model's FLOPs at this size, where known.
     """
 
     family: str

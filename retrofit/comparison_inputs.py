@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retrofit.errors import InputError, NotFoundError, UnsupportedError
 from retrofit.families.examples import InputSize
+from retrofit.inspection import AskedSize
 from retrofit.measure import ModelCall, ModelInput
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.samples import collect_documents, draw_pictures
@@ -38,13 +39,15 @@ class InputChoice:
     Attributes:
         files: Texts or pictures, or folders of them; empty takes what is at hand.
         count: How many inputs; None takes a few.
-        size: In the units of the network; None takes what it was trained at.
+        asked: Size in pixels, frames and tokens; None takes what the networks were trained at.
+        sizes: The same by network, in its units; others take what they were trained at.
         seed: Of everything drawn.
     """
 
     files: tuple[Path, ...] = ()
     count: int | None = None
-    size: InputSize | None = None
+    asked: AskedSize = field(default_factory=AskedSize)
+    sizes: Mapping[str, InputSize] = field(default_factory=dict)
     seed: int = 0
 
 
@@ -80,7 +83,7 @@ def _network_inputs(
             f"{network.where('')}: family {network.family.name!r} can't make inputs. Compare in "
             "Python with `retrofit.compare.compare_models` and inputs of your own."
         )
-    size = choice.size or examples.native(network.module)
+    size = choice.sizes.get(network.name) or examples.native(network.module)
     drawn = examples.make(network.module, size, torch.Generator().manual_seed(choice.seed))
     if "input_ids" in drawn and (choice.files or _has_tokenizer(folder)):
         return _texts(network, choice, folder, size)

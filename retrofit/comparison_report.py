@@ -145,8 +145,8 @@ def verdict(comparison: Comparison) -> str:
     if comparison.attention_share is not None:
         limit = 1 / (1 - comparison.attention_share)
         parts.append(
-            f"attention is {comparison.attention_share:.0%} of this model's work at "
-            f"{comparison.tokens} tokens, so no method can exceed {limit:.2f}x"
+            f"attention is {comparison.attention_share:.0%} of this model's FLOPs at "
+            f"{comparison.tokens} tokens, so doing none of it would give about {limit:.2f}x"
         )
     if comparison.noisy:
         parts.append("the machine was busy, so take the times with care")
@@ -154,8 +154,12 @@ def verdict(comparison: Comparison) -> str:
 
 
 def _error(row: Row) -> str:
-    error, cosine = row.metrics["relative_error"].median, row.metrics["cosine"].median
-    return f"{error:.2%} (cosine {cosine:.4f})"
+    cosines = [
+        f"{name.replace('_', ' ')} {spread.median:.3f}"
+        for name, spread in row.metrics.items()
+        if name.endswith("cosine")
+    ]
+    return f"{row.metrics['relative_error'].median:.1%} ({', '.join(cosines)})"
 
 
 def _memory_words(comparison: Comparison, row: Row) -> list[str]:
@@ -186,7 +190,10 @@ def plot(comparison: Comparison, file: str | Path, title: str = "") -> None:
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for axis, metric in zip(axes, shown, strict=False):
         spreads = [row.metrics[metric.name] for row in comparison.variants]
-        _draw_points(axis, spreads)
+        if isinstance(metric, GroupMetric):
+            _draw_fractions(axis, spreads)
+        else:
+            _draw_points(axis, spreads)
         axis.set_title(f"{metric.name.replace('_', ' ')}\n({metric.better} is closer)", fontsize=9)
     _draw_speed(axes[len(shown)], comparison)
     if has_memory:
@@ -208,6 +215,13 @@ def _draw_points(axis: Axes, spreads: list[Spread]) -> None:
         spread_out = [place + 0.5 * (i % 7 - 3) / 7 for i in range(len(spread.values))]
         axis.plot(spread.values, spread_out, ".", color="tab:blue", alpha=0.35, markersize=4)
         axis.plot([spread.median] * 2, [place - 0.35, place + 0.35], color="black", linewidth=2)
+
+
+def _draw_fractions(axis: Axes, spreads: list[Spread]) -> None:
+    for place, spread in enumerate(spreads):
+        axis.barh(place, spread.mean, 0.6, color="tab:blue", alpha=0.5)
+        axis.text(0.02, place, f"{spread.mean:.0%}", va="center", fontsize=8)
+    axis.set_xlim(0, 1)
 
 
 def _draw_speed(axis: Axes, comparison: Comparison) -> None:
@@ -234,10 +248,10 @@ def _draw_memory(axis: Axes, comparison: Comparison) -> None:
 
 def _label(figure: Figure, comparison: Comparison, title: str) -> None:
     machine = comparison.machine
-    tokens = f"{comparison.tokens} tokens, " if comparison.tokens else ""
+    facts = [f"inputs {len(comparison.inputs)}"]
+    facts += [f"tokens {comparison.tokens}"] if comparison.tokens else []
+    facts += [f"rounds {comparison.rounds}", str(machine["dtype"]), str(machine["device"])]
+    facts += [f"threads {machine['threads']}"]
     figure.suptitle(
-        f"{title or comparison.family}: patched against dense\n"
-        f"{len(comparison.inputs)} inputs, {tokens}{comparison.rounds} rounds, {machine['dtype']}, "
-        f"{machine['device']}, {machine['threads']} threads",
-        fontsize=10,
+        f"{title or comparison.family}: patched against dense\n{', '.join(facts)}", fontsize=10
     )

@@ -246,7 +246,7 @@ def test_verdict_says_a_loss_as_plainly_as_a_win(compared: Comparison) -> None:
 
 def test_verdict_names_the_limit_that_attention_sets(compared: Comparison) -> None:
     limited = replace(compared, attention_share=0.2)
-    assert "no method can exceed 1.25x" in verdict(limited)
+    assert "doing none of it would give about 1.25x" in verdict(limited)
 
 
 def test_data_holds_every_measurement_and_is_json(compared: Comparison) -> None:

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from retrofit.commands import (
+    compare,
     doctor,
     families,
     inspect,
@@ -38,6 +39,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "inspect": inspect.run,
     "patch": patch.run,
     "verify": verify.run,
+    "compare": compare.run,
     "unpatch": unpatch.run,
 }
 
@@ -61,9 +63,23 @@ for _name, _verb in VERBS.items():
     app.command(_name, help=help_text(_verb))(_verb)
 
 
+def show_version(asked: bool) -> None:
+    """Print the version and leave, before anything else is looked at."""
+    if asked:
+        from retrofit import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
 @app.callback()
 def about(
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.")] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=show_version, is_eager=True, help="Show the version and leave."
+        ),
+    ] = False,
     debug: Annotated[
         bool, typer.Option("--debug", help="Show the traceback of an error; works after any verb.")
     ] = False,
@@ -80,11 +96,6 @@ def about(
 
     Exit codes: 0 done; 2 wrong input, nothing written; 1 a failure; 130 Ctrl-C.
     """
-    if version:
-        from retrofit import __version__
-
-        typer.echo(__version__)
-        raise typer.Exit
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

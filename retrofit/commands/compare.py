@@ -1,0 +1,269 @@
+"""`retrofit compare`: dense against patched, on the same inputs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrofit.commands import options
+from retrofit.commands.console import count, print_json, print_lines, print_table, result, say
+
+if TYPE_CHECKING:
+    from retrofit.compare_checkpoint import Variant
+    from retrofit.comparison import Comparison
+
+INPUTS = "What it runs on"
+
+
+def run(
+    model: options.Model,
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--method", "-m", help="To compare; may be repeated.", rich_help_panel=options.WHAT
+        ),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--recipe",
+            help="A YAML file, or the name of a shipped one; may be repeated.",
+            rich_help_panel=options.WHAT,
+        ),
+    ] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--set",
+            help="A setting, as in --set keep=0.25; with other values of it, one variant for each.",
+            rich_help_panel=options.WHAT,
+        ),
+    ] = None,
+    sites: options.Sites = None,
+    component: options.Components = None,
+    config: options.Config = "",
+    inputs: Annotated[
+        list[Path] | None,
+        typer.Option(
+            "--inputs",
+            help="Texts or pictures, or folders of them; may be repeated.",
+            rich_help_panel=INPUTS,
+        ),
+    ] = None,
+    num_inputs: Annotated[
+        int | None, typer.Option("--num-inputs", help="How many.", rich_help_panel=INPUTS)
+    ] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="WxH",
+            help="Pixels of a picture, video or view.",
+            rich_help_panel=INPUTS,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option(
+            "--frames", help="Frames of a video, views of a scene.", rich_help_panel=INPUTS
+        ),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option("--tokens", help="Where a text is cut.", rich_help_panel=INPUTS),
+    ] = None,
+    seed: Annotated[int, typer.Option("--seed", help="Of the inputs.", rich_help_panel=INPUTS)] = 0,
+    rounds: Annotated[
+        int,
+        typer.Option(
+            "--rounds", help="How often each input is timed.", rich_help_panel=options.WHERE
+        ),
+    ] = 3,
+    no_memory: Annotated[
+        bool,
+        typer.Option(
+            "--no-memory",
+            help="Leave out peak memory, which takes a process for each variant.",
+            rich_help_panel=options.WHERE,
+        ),
+    ] = False,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    plot: Annotated[
+        Path | None,
+        typer.Option("--plot", metavar="FILE", help="Also draw it, as in --plot compare.png."),
+    ] = None,
+    json: options.Json = False,
+) -> None:
+    r"""Compare a checkpoint with patches of it: output, speed and peak memory.
+
+    Dense and patched run on the same seeded inputs, interleaved: documents for text encoders,
+    pictures for vision models, latents over a short schedule for diffusion models. A patched
+    checkpoint is compared with its own patch. Nothing is written but the plot.
+
+    [bold]Examples[/bold]
+
+    $ retrofit compare minilm/ --method window --method block-sparse --set keep=0.5 --set keep=0.25
+    $ retrofit compare minilm-sparse/ --inputs my-texts/ --plot compare.png
+    $ retrofit compare sd15/ --method hidiffusion --size 1024x1024 --rounds 1 --json
+
+    The table has a column for each variant, and below it stands one line like this:
+
+    no variant is faster than dense by more than the noise; the quickest, window, runs at 1.00x
+    (0.95 to 1.02), and changes the output by 41.8% (cosine 0.909, embedding cosine 0.964); ...
+
+    [bold]In Python[/bold]
+
+    from retrofit.compare import compare_models
+    compare_models(model, {"half": Recipe(method=WindowConfig(keep=0.5))}, inputs).variants
+    """
+    variants = _read_variants(method or [], recipe or [], settings, tuple(sites or ()))
+    width, height = options.read_size(size)
+    for name, value in {"num-inputs": num_inputs, "frames": frames, "tokens": tokens}.items():
+        options.require_positive(name, value)
+    options.require_positive("rounds", rounds)
+    _refuse_plot(plot)
+
+    from retrofit.compare_checkpoint import Where, compare_checkpoint
+    from retrofit.comparison_inputs import InputChoice
+    from retrofit.comparison_report import plot as draw
+    from retrofit.inspection import AskedSize
+    from retrofit.loading import pick_device
+
+    where = Where(
+        device=pick_device(device),
+        dtype=dtype,
+        components=tuple(component or ()),
+        config=config,
+        trust_remote_code=trust_remote_code,
+    )
+    asked = AskedSize(width=width, height=height, frames=frames, tokens=tokens)
+    choice = InputChoice(files=tuple(inputs or ()), count=num_inputs, asked=asked, seed=seed)
+    with _progress() as advance:
+        comparison = compare_checkpoint(
+            model,
+            variants,
+            choice,
+            where,
+            rounds=rounds,
+            memory=not no_memory,
+            progress=advance,
+        )
+    if plot is not None:
+        draw(comparison, plot, Path(model).name)
+    if json:
+        print_json(_as_json(comparison, plot))
+        return
+    _print(comparison, plot)
+
+
+def _read_variants(
+    methods: list[str], recipes: list[str], settings: list[str] | None, sites: tuple[str, ...]
+) -> list[Variant]:
+    """Every method and recipe with every combination of the settings."""
+    from retrofit.compare_checkpoint import Variant
+
+    found = [(name, options.read_recipe(name, None)) for name in methods]
+    found += [(Path(name).stem, options.read_recipe(None, name)) for name in recipes]
+    return [
+        Variant(name=" ".join([name, *words]), what=what, parameters=parameters, sites=sites)
+        for name, what in found
+        for words, parameters in _combine(settings)
+    ]
+
+
+def _combine(settings: list[str] | None) -> Iterator[tuple[list[str], dict[str, Any]]]:
+    """Each choice of one value for every setting, as words for a label and as parameters."""
+    choices: dict[str, list[tuple[str, Any]]] = {}
+    for setting in settings or []:
+        for name, value in options.read_settings([setting]).items():
+            choices.setdefault(name, []).append((f"{name}={setting.partition('=')[2]}", value))
+    for chosen in itertools.product(*choices.values()):
+        words = [word for word, _ in chosen]
+        yield words, {name: value for name, (_, value) in zip(choices, chosen, strict=True)}
+
+
+def _refuse_plot(plot: Path | None) -> None:
+    """Find out before an hour of measuring that the picture can't be written.
+
+    Raises:
+        InputError: If its folder does not exist or its ending is of no picture.
+    """
+    from retrofit.errors import InputError
+
+    if plot is None:
+        return
+    if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf.")
+    if not plot.absolute().parent.is_dir():
+        raise InputError(f"--plot {plot}: its folder does not exist. Make it first.")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left on a terminal; elsewhere one line for each stage; on stderr."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    stages: list[str] = []
+    with bars.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as shown:
+        task = shown.add_task("")
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in stages[-1:]:
+                stages.append(what)
+                shown.reset(task)
+                if not console.is_terminal:
+                    say(f"{what} ...")
+            shown.update(task, description=what, completed=done, total=total)
+
+        yield advance
+
+
+def _as_json(comparison: Comparison, plot: Path | None) -> dict[str, Any]:
+    """The keys that every verb has are those of the first variant."""
+    from retrofit.comparison_report import to_dict
+
+    first = comparison.variants[0]
+    report = first.report
+    return result(
+        family=comparison.family,
+        method=report.method if report else None,
+        patched=report.patched if report else (),
+        skipped=[(skip.path, skip.reason) for skip in report.skipped] if report else (),
+        keep_asked=first.keep_asked,
+        keep_measured=first.keep_measured,
+        **to_dict(comparison),
+        plot=None if plot is None else str(plot),
+    )
+
+
+def _print(comparison: Comparison, plot: Path | None) -> None:
+    from retrofit.comparison_report import table, verdict
+
+    machine, (before, after) = comparison.machine, comparison.load
+    print_lines(
+        f"{comparison.family}: {count(len(comparison.inputs), 'input')}, "
+        f"{count(comparison.rounds, 'round')}, {machine['dtype']} on {machine['device']}, "
+        f"{count(machine['threads'], 'thread')}, load {before} to {after}",
+        "",
+    )
+    print_table(*table(comparison))
+    print_lines(f"verdict: {verdict(comparison)}")
+    if plot is not None:
+        print_lines(f"plot: {plot}")
