@@ -1,6 +1,6 @@
-"""Tiny checkpoints on disk, made once a run; tests copy what they change. `tests.conftest` has them.
+"""Tiny checkpoints on disk, made once a run; tests copy what they change.
 
-Also `run_command`, which runs the command line in this process.
+`tests.conftest` offers them to every test, and `run_command`, the command line in this process.
 """
 
 from __future__ import annotations

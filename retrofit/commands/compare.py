@@ -40,7 +40,7 @@ def run(
         list[str] | None,
         typer.Option(
             "--set",
-            help="A setting, as in --set keep=0.25; with other values of it, one variant for each.",
+            help="A setting, as in --set keep=0.25; each further value of it is a variant more.",
             rich_help_panel=options.WHAT,
         ),
     ] = None,
@@ -109,14 +109,14 @@ def run(
 
     [bold]Examples[/bold]
 
-    $ retrofit compare minilm/ --method window --method block-sparse --set keep=0.5 --set keep=0.25
+    $ retrofit compare minilm/ -m window -m block-sparse --set keep=0.5
+    ...
+    speed, dense = 1            1.00x            1.01x            0.67x
+    verdict: no variant is faster than dense by more than the noise; ...
+
     $ retrofit compare minilm-sparse/ --inputs my-texts/ --plot compare.png
-    $ retrofit compare sd15/ --method hidiffusion --size 1024x1024 --rounds 1 --json
-
-    The table has a column for each variant, and below it stands one line like this:
-
-    no variant is faster than dense by more than the noise; the quickest, window, runs at 1.00x
-    (0.95 to 1.02), and changes the output by 41.8% (cosine 0.909, embedding cosine 0.964); ...
+    $ retrofit compare sd15/ -m hidiffusion --size 1024x1024 --rounds 1
+    $ retrofit compare minilm/ -m window --set keep=0.5 --set keep=0.25
 
     [bold]In Python[/bold]
 

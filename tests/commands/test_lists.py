@@ -1,0 +1,100 @@
+"""`methods`, `families`, `recipes` and `doctor`."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import yaml
+
+from retrofit import doctor
+from retrofit.families import FAMILIES
+from retrofit.methods import METHODS
+from retrofit.recipe import Recipe, shipped_recipes
+
+COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}
+
+
+def test_methods_lists_each_with_its_paper(run_command):
+    out = run_command("methods").out
+    assert all(name in out and config.paper in out for name, config in METHODS.items())
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_is_documented_with_every_setting(name, run_command):
+    described = run_command("methods", name, "--json").json["methods"][name]
+    fields = dataclasses.fields(METHODS[name])
+    assert [setting["name"] for setting in described["settings"]] == [f.name for f in fields]
+    assert all(setting["what"] for setting in described["settings"])
+    assert described["helps"]
+    assert "lossy" in described["lossy"]
+    out = run_command("methods", name).out
+    assert METHODS[name].summary in out
+    assert all(field.name in out for field in fields)
+
+
+def test_a_misspelt_method_names_the_nearest(run_command):
+    answer = run_command("methods", "hidifusion")
+    assert answer.code == 2
+    assert "Did you mean hidiffusion?" in answer.err
+
+
+def test_families_lists_each(run_command):
+    out = run_command("families").out
+    assert all(name in out for name in FAMILIES)
+    assert run_command("families", "--json").json["families"].keys() == FAMILIES.keys()
+
+
+def test_recipes_lists_each_and_prints_one_as_a_recipe(run_command, tmp_path):
+    shipped = shipped_recipes()
+    out = run_command("recipes").out
+    assert all(name in out for name in shipped)
+    for name, path in shipped.items():
+        printed = run_command("recipes", name).out
+        assert Recipe.from_dict(yaml.safe_load(printed)) == Recipe.read(path)
+
+
+def test_a_recipe_that_is_not_shipped_is_an_error(run_command):
+    answer = run_command("recipes", "no-such")
+    assert answer.code == 2
+    assert "recipe 'no-such' does not exist" in answer.err
+
+
+def test_doctor_works_without_a_gpu(run_command):
+    answer = run_command("doctor")
+    assert answer.code == 0
+    for word in ("torch", "cpu", "memory", "disk here"):
+        assert word in answer.out
+
+
+@pytest.mark.parametrize("verb", ["methods", "families", "recipes", "doctor"])
+def test_json_is_one_object_with_the_keys_of_every_verb(verb, run_command):
+    answer = run_command(verb, "--json")
+    assert answer.code == 0
+    assert answer.json.keys() >= COMMON
+    assert answer.json["schema"] == 1
+
+
+def test_doctor_names_the_command_for_a_missing_library(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "diffusers" else "99.0")
+    findings = {finding.what: finding for finding in doctor.examine_libraries()}
+    assert not findings["diffusers"].ok
+    assert findings["diffusers"].fix == "pip install diffusers"
+
+
+def test_doctor_names_the_command_for_an_old_library(monkeypatch):
+    monkeypatch.setattr(doctor, "_version", lambda name: "1.0")
+    findings = {finding.what: finding for finding in doctor.examine_libraries()}
+    assert findings["torch"].fix.startswith("pip install --upgrade 'torch>=")
+
+
+def test_doctor_tells_a_build_without_cuda_from_a_machine_without_gpu(monkeypatch):
+    import torch
+
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: "/usr/bin/nvidia-smi")
+    assert "built without CUDA" in doctor._why_no_gpu(torch).found
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert doctor._why_no_gpu(torch).ok
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    assert "nvidia-smi" in doctor._why_no_gpu(torch).fix

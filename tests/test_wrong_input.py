@@ -1,0 +1,408 @@
+"""Wrong input at the command line: one line with the fix, the exit code, nothing written."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from retrofit import writing
+from retrofit.checkpoint import PARTIAL
+from retrofit.manifest import MANIFEST
+from tests.checkpoint_fixtures import BLOCKS, contents, edit_manifest
+
+WEIGHTS = "model.safetensors"
+
+
+@pytest.fixture
+def refused(tmp_path, run_command):
+    """Run a command that must fail: checks the code, that it is one line, and that all is as was.
+
+    Returns the line.
+    """
+
+    def call(*arguments, code=2):
+        before = contents(tmp_path)
+        answer = run_command(*arguments)
+        lines = [line for line in answer.err.splitlines() if not line.startswith("proving")]
+        assert answer.code == code, answer
+        assert len(lines) == 1, answer.err
+        assert lines[0].startswith("error: ") or code == 130
+        assert "Traceback" not in answer.err
+        assert answer.out == ""
+        assert contents(tmp_path) == before
+        assert [p for p in tmp_path.rglob("*") if PARTIAL in p.name] == []
+        return lines[0]
+
+    return call
+
+
+def _patch(model, out, *more):
+    return ("patch", model, *BLOCKS, *more, "-o", out)
+
+
+def test_a_missing_model(refused, tmp_path):
+    line = refused(*_patch("no-such-model", tmp_path / "out"))
+    assert "no such folder or file" in line
+    assert "owner/name" in line
+
+
+def test_a_misspelt_model_names_the_nearest(refused, encoder, copy_of, tmp_path):
+    folder = copy_of(encoder)
+    line = refused(*_patch(folder.with_name("copy-of-minilmm"), tmp_path / "out"))
+    assert f"Did you mean {folder.name}?" in line
+
+
+def test_a_misspelt_hub_id_says_what_was_looked_for(refused, tmp_path):
+    line = refused(*_patch("owner/no-such-model", tmp_path / "out"), code=1)
+    assert "owner/no-such-model" in line
+    assert "HF_HUB_OFFLINE" in line
+
+
+def test_a_folder_without_a_checkpoint(refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert "expected model_index.json or config.json" in refused(
+        *_patch(tmp_path / "empty", tmp_path / "out")
+    )
+
+
+def test_a_misspelt_method_names_the_nearest(refused, encoder, tmp_path):
+    line = refused("patch", encoder, "--method", "blok-sparse", "-o", tmp_path / "out")
+    assert "Did you mean block-sparse?" in line
+
+
+def test_no_method_at_all_lists_them(refused, encoder, tmp_path):
+    assert "hidiffusion" in refused("patch", encoder, "-o", tmp_path / "out")
+
+
+def test_a_method_and_a_recipe_of_another(refused, encoder, tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: window")
+    line = refused(*_patch(encoder, tmp_path / "out", "--recipe", tmp_path / "mine.yaml"))
+    assert "Give one of them" in line
+
+
+def test_no_output(refused, encoder):
+    assert "-o FOLDER" in refused("patch", encoder, "--method", "block-sparse")
+
+
+def test_a_misspelt_recipe_key_names_the_nearest(refused, encoder, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("method: block-sparse\nparametrs: {keep: 0.5}\nsite: x\n")
+    line = refused("patch", encoder, "--recipe", file, "-o", tmp_path / "out")
+    assert "'parametrs' is no key: did you mean 'parameters'?" in line
+    assert "'site' is no key: did you mean 'sites'?" in line  # all mistakes at once
+
+
+def test_a_recipe_that_is_not_there(refused, encoder, tmp_path):
+    line = refused("patch", encoder, "--recipe", "no-such.yaml", "-o", tmp_path / "out")
+    assert "no-such.yaml: can't be read" in line
+
+
+def test_a_recipe_that_is_no_yaml(refused, encoder, tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: [")
+    line = refused("patch", encoder, "--recipe", tmp_path / "mine.yaml", "-o", tmp_path / "out")
+    assert "expected YAML" in line
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ("kep=0.5", "did you mean 'keep'?"),
+        ("keep=0", "0 < keep <= 1"),
+        ("keep=-0.5", "0 < keep <= 1"),
+        ("keep=1.5", "0 < keep <= 1"),
+        ("keep=.nan", "0 < keep <= 1"),
+        ("keep=half", "keep: expected"),
+        ("keep", "expected NAME=VALUE"),
+        ("keep=", "expected NAME=VALUE"),
+        ("keep=[1", "expected a number"),
+        ("sparsity=0.1", "keep=0.1 leaves a tenth"),
+        ("block_size=[0,0]", "block_size: expected 1 or more"),
+        ("block_size=64", "block_size: expected"),
+    ],
+)
+def test_a_setting_that_is_wrong(setting, message, refused, encoder, tmp_path):
+    line = refused(
+        *("patch", encoder, "--method", "block-sparse", "--set", setting, "-o", tmp_path / "out")
+    )
+    assert message in line
+
+
+@pytest.mark.parametrize("size", ["0", "[0]", "[0,0]", "-3"])
+@pytest.mark.parametrize("method", ["window", "neighborhood"])
+def test_a_window_of_nothing(method, size, refused, encoder, tmp_path):
+    line = refused(
+        *("patch", encoder, "--method", method, "--set", f"window_size={size}"),
+        *("-o", tmp_path / "out"),
+    )
+    assert "window_size" in line
+
+
+def test_a_site_glob_that_matches_nothing_names_the_nearest(refused, encoder, tmp_path):
+    line = refused(*_patch(encoder, tmp_path / "out", "--sites", "encoder.layer.7.attention.self"))
+    assert "matches none of the 2 sites" in line
+    assert "Did you mean encoder.layer." in line
+
+
+def test_a_method_that_does_not_fit_says_which_do(refused, encoder, tmp_path):
+    line = refused("patch", encoder, "--method", "hidiffusion", "-o", tmp_path / "out")
+    assert "needs a UNet" in line
+    assert "Methods that do: block-sparse" in line
+
+
+def test_a_recipe_of_another_family(refused, encoder, tmp_path):
+    (tmp_path / "mine.yaml").write_text("method: window\nfamily: wan\n")
+    line = refused("patch", encoder, "--recipe", tmp_path / "mine.yaml", "-o", tmp_path / "out")
+    assert "written for family 'wan', got 'encoder'" in line
+
+
+def test_a_component_that_does_not_exist(refused, pipeline, tmp_path):
+    line = refused(
+        *("patch", pipeline, "--method", "window", "--component", "unett"),
+        *("-o", tmp_path / "out"),
+    )
+    assert "Did you mean unet?" in line
+
+
+def test_a_network_of_no_family(refused, pipeline, tmp_path):
+    line = refused("patch", pipeline / "text_encoder", "--method", "window", "-o", tmp_path / "out")
+    assert "no known family" in line
+
+
+def test_a_patch_that_changes_nothing(refused, encoder, tmp_path):
+    line = refused(
+        "patch", encoder, "--method", "block-sparse", "--set", "keep=1", "-o", tmp_path / "out"
+    )
+    assert "changes nothing at the probe size" in line
+    assert "--no-proof" in line
+
+
+def test_a_device_that_is_not_there(refused, encoder, tmp_path):
+    line = refused(*_patch(encoder, tmp_path / "out", "--device", "cuda:77"))
+    assert "--device cpu" in line
+
+
+def test_a_dtype_that_is_none(refused, encoder, tmp_path):
+    line = refused(*_patch(encoder, tmp_path / "out", "--dtype", "float61"))
+    assert "Did you mean float16" in line
+
+
+def _cut(folder):
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes()[:-7])
+
+
+def _drop_shard(folder):
+    index = {"weight_map": {"x": "model-00001-of-00001.safetensors"}}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
+def _pickle_only(folder):
+    (folder / WEIGHTS).unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"never opened")
+
+
+def _break_config(folder):
+    (folder / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("breaking", "message"),
+    [
+        (_cut, "expected a whole safetensors file"),
+        (_drop_shard, "1 missing: model-00001-of-00001.safetensors"),
+        (_pickle_only, "convert it: python -c"),
+        (_break_config, "config.json: expected JSON"),
+    ],
+)
+def test_a_broken_checkpoint(breaking, message, refused, encoder, copy_of, tmp_path):
+    folder = copy_of(encoder)
+    breaking(folder)
+    assert message in refused(*_patch(folder, tmp_path / "out"))
+
+
+def test_nothing_runs_before_the_shards_are_known_to_be_whole(
+    refused, encoder, copy_of, tmp_path, monkeypatch
+):
+    from retrofit import proof
+
+    folder = copy_of(encoder)
+    _cut(folder)
+    monkeypatch.setattr(proof, "make_proof", lambda *a, **k: pytest.fail("ran"))
+    refused(*_patch(folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])
+def test_a_pickled_file(suffix, refused, tmp_path):
+    file = tmp_path / f"model{suffix}"
+    file.write_bytes(b"never opened")
+    assert "convert it: python -c" in refused(*_patch(file, tmp_path / "out"))
+
+
+def test_a_file_that_is_no_checkpoint(refused, tmp_path):
+    (tmp_path / "notes.txt").write_text("notes")
+    assert "expected a folder or a .safetensors file" in refused(
+        *_patch(tmp_path / "notes.txt", tmp_path / "out")
+    )
+
+
+def test_an_output_that_exists(refused, encoder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.tex").write_text("years of work")
+    assert "exists" in refused(*_patch(encoder, tmp_path / "out"))
+    assert "holds thesis.tex" in refused(*_patch(encoder, tmp_path / "out", "--force"))
+
+
+def test_an_output_inside_the_checkpoint(refused, encoder, copy_of):
+    folder = copy_of(encoder)
+    assert "inside the checkpoint" in refused(*_patch(folder, folder / "out"))
+
+
+def test_a_disk_too_small_is_known_before_copying(refused, encoder, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    line = refused(*_patch(encoder, tmp_path / "out", "--no-proof"), code=1)
+    assert "GB left" in line
+
+
+def test_a_disk_that_fills_up_while_copying(refused, encoder, tmp_path, monkeypatch):
+    own = os.write
+
+    def fill(descriptor, data):
+        if len(data) > 10_000:
+            own(descriptor, data[:1000])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return own(descriptor, data)
+
+    monkeypatch.setattr(os, "write", fill)
+    line = refused(*_patch(encoder, tmp_path / "out", "--no-proof"), code=1)
+    assert WEIGHTS in line
+    assert "the disk is full" in line
+
+
+def test_a_real_file_system_that_is_full(encoder, run_command, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
+    )
+    if mounted.returncode:
+        pytest.skip("mounting is not allowed here; the tests above stand in")
+    try:
+        answer = run_command(*_patch(encoder, disk / "out", "--no-proof"))
+        assert answer.code == 1
+        assert "GB left" in answer.err
+        assert list(disk.iterdir()) == []
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_a_folder_that_turns_out_read_only(number, refused, encoder, tmp_path, monkeypatch):
+    def refuse(path, *arguments, **options):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(os, "mkdir", refuse)
+    line = refused(*_patch(encoder, tmp_path / "out", "--no-proof"))
+    assert "not writable here" in line
+    assert str(tmp_path) in line
+
+
+def test_a_folder_that_is_read_only(refused, encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    line = refused(*_patch(encoder, tmp_path / "out"))
+    assert "read-only" in line
+    assert "may write" in line
+
+
+@pytest.mark.parametrize("place", ["_copy_and_hash", "_take_name"])
+def test_ctrl_c_in_the_middle(place, encoder, tmp_path, run_command, monkeypatch):
+    own = getattr(writing, place)
+
+    def interrupt(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return own(*arguments, **options)
+
+    monkeypatch.setattr(writing, place, interrupt)
+    answer = run_command(*_patch(encoder, tmp_path / "out", "--no-proof"))
+    assert answer.code == 130
+    assert answer.err == "stopped; nothing was left half-written.\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_kill_9_in_the_middle_of_patching(encoder, tmp_path, run_command):
+    out = tmp_path / "out"
+    program = f"""
+        import os, signal
+        from retrofit import writing
+        own, calls = writing._copy_and_hash, []
+        def die(*arguments, **options):
+            calls.append(1)
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return own(*arguments, **options)
+        writing._copy_and_hash = die
+        from retrofit.commands import run
+        run({[str(a) for a in _patch(encoder, out, "--no-proof")]!r})
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=300)
+    assert done.returncode == -signal.SIGKILL
+    assert not out.exists()
+    (left,) = tmp_path.iterdir()
+    for command in (("inspect", left), ("verify", left), _patch(left, tmp_path / "x")):
+        answer = run_command(*command)
+        assert answer.code == 2
+        assert "interrupted run" in answer.err
+    assert run_command(*_patch(encoder, out, "--no-proof")).code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("verb", ["verify", "unpatch", "inspect"])
+def test_a_record_edited_by_hand(verb, refused, patched, copy_of, tmp_path):
+    folder = copy_of(patched)
+    edit_manifest(folder, lambda data: data["recipe"]["parameters"].update(keep=0.9), sign=False)
+    more = ("-o", tmp_path / "back") if verb == "unpatch" else ()
+    line = refused(verb, folder, *more, code=1)
+    assert "edited after it was written" in line
+    assert "retrofit patch" in line
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(schema=2), "pip install --upgrade retrofit-attention"),
+        (lambda data: data.update(schema="one"), "expected `schema` 1"),
+        (lambda data: data.pop("schema"), "expected `schema` 1"),
+        (lambda data: data.pop("files"), "has no 'files'"),
+        (lambda data: data.update(extra=1), "'extra' is no key"),
+    ],
+)
+def test_a_record_of_another_schema(change, message, refused, patched, copy_of, tmp_path):
+    folder = copy_of(patched)
+    edit_manifest(folder, change, sign=False)
+    assert message in refused("unpatch", folder, "-o", tmp_path / "back")
+
+
+def test_a_record_that_is_no_json(refused, patched, copy_of):
+    folder = copy_of(patched)
+    (folder / MANIFEST).write_text("{")
+    assert "expected JSON" in refused("verify", folder)
+
+
+def test_a_record_beside_other_weights(refused, patched, pipeline, copy_of, tmp_path):
+    folder = copy_of(pipeline)
+    shutil.copy(patched / MANIFEST, folder / MANIFEST)
+    line = refused("unpatch", folder, "-o", tmp_path / "back", code=1)
+    assert "missing, though retrofit.json lists it" in line
+
+
+def test_a_patched_checkpoint_patched_again(refused, patched, tmp_path):
+    line = refused(*_patch(patched, tmp_path / "out"))
+    assert "already patched with block-sparse" in line
+    assert "retrofit unpatch" in line
