@@ -10,6 +10,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,8 +33,7 @@ Mask = Tensor  # bool [B or 1, H or 1, S, S]
 Seen = Callable[[Method, "Call"], list[Mask]]
 
 
-@dataclass(frozen=True)
-class Call:
+class Call(NamedTuple):
     """What an operator is built for and called with."""
 
     site: AttentionSite
