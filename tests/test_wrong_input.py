@@ -13,9 +13,10 @@ import textwrap
 
 import pytest
 
-from retrofit import writing
+from retrofit import saving, writing
 from retrofit.checkpoint import PARTIAL
 from retrofit.manifest import MANIFEST
+from tests import tiny_models
 from tests.checkpoint_fixtures import BLOCKS, contents, edit_manifest
 
 WEIGHTS = "model.safetensors"
@@ -176,6 +177,18 @@ def test_a_network_of_no_family(refused, pipeline, tmp_path):
     assert "no known family" in line
 
 
+def test_a_grid_that_is_not_that_of_the_tokens(refused, tmp_path, monkeypatch):
+    from retrofit.families import wan
+    from retrofit.grid import TokenGrid
+
+    folder = tmp_path / "wan"
+    tiny_models.make_wan().save_pretrained(folder)
+    reader = lambda module, args, kwargs: TokenGrid(frames=2, height=3, width=5)  # noqa: E731
+    monkeypatch.setattr(wan, "read_latents", reader)
+    line = refused("patch", folder, "--method", "neighborhood", "-o", tmp_path / "out")
+    assert "blocks.0.attn1: expected 30 tokens for 2x3x5, got 32" in line
+
+
 def test_a_patch_that_changes_nothing(refused, encoder, tmp_path):
     line = refused(
         "patch", encoder, "--method", "block-sparse", "--set", "keep=1", "-o", tmp_path / "out"
@@ -286,7 +299,10 @@ def test_a_disk_that_fills_up_while_copying(refused, encoder, tmp_path, monkeypa
     assert "the disk is full" in line
 
 
-def test_a_real_file_system_that_is_full(encoder, run_command, tmp_path):
+@pytest.mark.parametrize(("foreseen", "message"), [(True, "GB left"), (False, "disk is full")])
+def test_a_real_file_system_that_is_full(
+    foreseen, message, encoder, run_command, tmp_path, monkeypatch
+):
     disk = tmp_path / "disk"
     disk.mkdir()
     mounted = subprocess.run(
@@ -294,10 +310,12 @@ def test_a_real_file_system_that_is_full(encoder, run_command, tmp_path):
     )
     if mounted.returncode:
         pytest.skip("mounting is not allowed here; the tests above stand in")
+    if not foreseen:
+        monkeypatch.setattr(saving, "refuse_full_disk", lambda out, needed: None)
     try:
         answer = run_command(*_patch(encoder, disk / "out", "--no-proof"))
         assert answer.code == 1
-        assert "GB left" in answer.err
+        assert message in answer.err
         assert list(disk.iterdir()) == []
     finally:
         subprocess.run(["umount", str(disk)], check=True)
@@ -340,7 +358,7 @@ def test_kill_9_in_the_middle_of_patching(encoder, tmp_path, run_command):
     out = tmp_path / "out"
     program = f"""
         import os, signal
-        from retrofit import writing
+        from retrofit import saving, writing
         own, calls = writing._copy_and_hash, []
         def die(*arguments, **options):
             calls.append(1)

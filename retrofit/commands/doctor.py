@@ -21,6 +21,11 @@ def run(json: options.Json = False) -> None:
     memory        yes  12.1 of 16.0 GB free
     ...
     everything needed is there
+
+    [bold]In Python[/bold]
+
+    from retrofit.doctor import examine
+    examine()["devices"]
     """
     from retrofit.doctor import examine, system
 

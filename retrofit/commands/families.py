@@ -15,6 +15,11 @@ def run(json: options.Json = False) -> None:
     family   what it is                                               public checkpoints
     encoder  text encoders built as BERT is: BERT, RoBERTa, MiniLM..  sentence-transformers/...
     unet2d   UNets of Stable Diffusion 1.x, 2.x, XL and Turbo, ...    stabilityai/...
+
+    [bold]In Python[/bold]
+
+    from retrofit.families import find_family
+    find_family(model).name
     """
     from retrofit.families import FAMILIES
 

@@ -11,6 +11,9 @@ import typer
 from retrofit.commands import options
 from retrofit.commands.console import print_json, print_lines, print_table, result
 
+SI = (("T", 1e12), ("G", 1e9), ("M", 1e6))
+BIG = (("billion ", 1e9), ("million ", 1e6))
+
 if TYPE_CHECKING:
     from retrofit.checkpoint import Checkpoint
     from retrofit.inspection import NetworkReport, SiteRow
@@ -41,8 +44,10 @@ def run(
     [bold]Examples[/bold]
 
     $ retrofit inspect stabilityai/stable-diffusion-xl-base-1.0 --size 2048x2048
-    unet: unet2d (UNet2DConditionModel), 2567 M parameters, latents 256x256
-    one call: 39.2 TFLOP, attention 34.1% of it, in 140 sites
+    unet: unet2d (UNet2DConditionModel), 2.57 billion parameters, latents 256x256
+    one call: 35.9 TFLOP, attention 33.9% of it, in 140 sites
+    sites                                                           kind  tokens  of the work
+    unet.down_blocks.1.attentions.*.transformer_blocks.*.attn1  x4  self   16384         7.7%
     ...
     methods that apply: block-sparse, freeswim, hidiffusion, neighborhood, t3, window
 
@@ -83,8 +88,8 @@ def _print(report: NetworkReport, every: bool) -> None:
     unit = "latents" if report.latent_scale[1] > 1 else "input"
     print_lines(
         f"{name}: {report.family} ({report.class_name}), "
-        f"{report.num_parameters / 1e6:.3g} M parameters, {unit} {report.size}",
-        f"one call: {_format_flops(report.flops)}, attention {report.attention_share:.1%} of it, "
+        f"{_format(report.num_parameters, 'parameters', BIG)}, {unit} {report.size}",
+        f"one call: {_format(report.flops, 'FLOP', SI)}, attention {report.attention_share:.1%} of it, "
         f"in {len(report.sites)} sites",
     )
     groups = [[row] for row in report.sites] if every else _group(report.sites)
@@ -180,8 +185,8 @@ def _site_json(row: SiteRow) -> dict[str, Any]:
     }
 
 
-def _format_flops(flops: int) -> str:
-    for unit, scale in (("TFLOP", 1e12), ("GFLOP", 1e9)):
-        if flops >= scale:
-            return f"{flops / scale:.3g} {unit}"
-    return f"{flops / 1e6:.3g} MFLOP"
+def _format(number: int, unit: str, scales: Sequence[tuple[str, float]]) -> str:
+    for prefix, scale in scales:
+        if number >= scale:
+            return f"{number / scale:.3g} {prefix}{unit}"
+    return f"{number} {unit}"

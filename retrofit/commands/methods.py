@@ -35,6 +35,11 @@ def run(
     block-sparse: each block of queries attends to the blocks of keys that matter to it
     ...
     keep  float | None  0.5  Fraction of the key blocks that each query block attends to ...
+
+    [bold]In Python[/bold]
+
+    from retrofit.methods import METHODS
+    METHODS["block-sparse"](keep=0.25)  # a config, which retrofit.patch takes
     """
     from retrofit.errors import NotFoundError, suggest
     from retrofit.methods import METHODS
@@ -56,7 +61,8 @@ def run(
 def _document(config: type[Method]) -> None:
     from retrofit.recipe import shipped_recipes
 
-    recipes = [key for key in shipped_recipes() if key.partition("_")[2] == config.name]
+    known = shipped_recipes()
+    recipes = [key for key in known if f"{key}_".partition("_")[2].startswith(f"{config.name}_")]
     print_lines(
         f"{config.name}: {config.summary}",
         f"paper: {config.paper}",

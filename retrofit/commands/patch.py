@@ -74,13 +74,13 @@ def run(
 
     $ retrofit patch minilm/ --method block-sparse --set keep=0.25 -o minilm-sparse/
     encoder: block-sparse: patched 6 of 6 attention sites
-    settings: keep 0.25, mass None, block_size (128, 64), pooling avg, order raster, ...
-    proof: 6 sparse sites keep 0.25; the output is 0.41 away from dense (256 tokens, seed 0)
-    wrote minilm-sparse/: 12 files, 91.6 MB, 0.4 s
+    settings: keep 0.25, mass None, block_size [16, 16], pooling avg, order raster, ...
+    proof: 6 sparse sites keep 0.25; the output is 0.82 away from dense (64 tokens, ...)
+    wrote minilm-sparse/: 13 files, 91.6 MB, 11.1 s
     next: retrofit verify minilm-sparse/
 
     $ retrofit patch sdxl/ --method hidiffusion --dry-run
-    unet2d: hidiffusion: patched 10 of 140 attention sites, 5 other modules
+    unet2d: hidiffusion: patched 10 of 140 attention sites, 8 other modules
     dry run: nothing was written
 
     $ retrofit patch sdxl/ --method window --sites 'unet.down_blocks.*' -o out/

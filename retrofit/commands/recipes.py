@@ -26,6 +26,11 @@ def run(
 
     $ retrofit recipes encoder_block-sparse > mine.yaml
     $ retrofit patch minilm/ --recipe mine.yaml -o out/
+
+    [bold]In Python[/bold]
+
+    recipe = retrofit.Recipe.read("mine.yaml")
+    retrofit.patch(model, recipe)
     """
     from retrofit.errors import NotFoundError, suggest
     from retrofit.recipe import Recipe, shipped_recipes

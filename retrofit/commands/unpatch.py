@@ -21,7 +21,7 @@ def run(
     [bold]Examples[/bold]
 
     $ retrofit unpatch minilm-sparse/ -o minilm-again/
-    wrote minilm-again/: 12 files, 91.6 MB, every hash as in the source
+    wrote minilm-again/: 13 files, 91.6 MB, every hash as in the source
 
     [bold]In Python[/bold]
 

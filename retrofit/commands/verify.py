@@ -21,7 +21,7 @@ def run(
     [bold]Examples[/bold]
 
     $ retrofit verify minilm-sparse/
-    files: 12 of 12 are byte for byte what was patched
+    files: 13 of 13 are byte for byte what was patched
     proof: repeated in a fresh process, identical
     minilm-sparse/ is verified
 
