@@ -89,8 +89,8 @@ def _print(report: NetworkReport, every: bool) -> None:
     print_lines(
         f"{name}: {report.family} ({report.class_name}), "
         f"{_format(report.num_parameters, 'parameters', BIG)}, {unit} {report.size}",
-        f"one call: {_format(report.flops, 'FLOP', SI)}, attention {report.attention_share:.1%} of it, "
-        f"in {len(report.sites)} sites",
+        f"one call: {_format(report.flops, 'FLOP', SI)}, attention "
+        f"{report.attention_share:.1%} of it, in {len(report.sites)} sites",
     )
     groups = [[row] for row in report.sites] if every else _group(report.sites)
     print_table(
