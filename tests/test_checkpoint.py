@@ -18,7 +18,8 @@ from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError
 from retrofit.opening import build_networks, check_weights, load_networks
 from retrofit.saving import plan_patch, write_patched
 from retrofit.weights import check_folder, read_header
-from tests import tiny_models
+from tests import tiny_models, tiny_pipelines
+from tests.single_files import name_stable_diffusion_as_released, name_wan_as_released
 
 WEIGHTS = "model.safetensors"
 
@@ -226,38 +227,6 @@ def test_a_class_that_the_library_lacks_says_to_upgrade(pipeline, copy_of):
         build_networks(find_checkpoint(folder / "unet"))
 
 
-def _original_wan_names(state):
-    """The public release's names for diffusers' tensors."""
-    from diffusers.loaders.single_file_utils import convert_wan_transformer_to_diffusers
-
-    parts = {
-        "condition_embedder.time_embedder.linear_1": "time_embedding.0",
-        "condition_embedder.time_embedder.linear_2": "time_embedding.2",
-        "condition_embedder.text_embedder.linear_1": "text_embedding.0",
-        "condition_embedder.text_embedder.linear_2": "text_embedding.2",
-        "condition_embedder.time_proj": "time_projection.1",
-        "scale_shift_table": "modulation",
-        "proj_out": "head.head",
-        "ffn.net.0.proj": "ffn.0",
-        "ffn.net.2": "ffn.2",
-        "attn1.to_out.0": "self_attn.o",
-        "attn2.to_out.0": "cross_attn.o",
-        "attn1.to_": "self_attn.",
-        "attn2.to_": "cross_attn.",
-        "attn1": "self_attn",
-        "attn2": "cross_attn",
-        "norm2": "norm3",
-    }
-    renamed = {}
-    for name, tensor in state.items():
-        for ours, theirs in parts.items():
-            name = name.replace(ours, theirs)
-        name = "head.modulation" if name == "modulation" else name
-        renamed[f"model.diffusion_model.{name}"] = tensor
-    assert convert_wan_transformer_to_diffusers(dict(renamed)).keys() == state.keys()
-    return renamed
-
-
 @pytest.fixture
 def single_file(tmp_path):
     """A tiny Wan in one file under the public release's names, and a folder with its config."""
@@ -265,7 +234,7 @@ def single_file(tmp_path):
     model.save_config(tmp_path / "configs" / "transformer")
     index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     (tmp_path / "configs" / "model_index.json").write_text(json.dumps(index))
-    save_file(_original_wan_names(model.state_dict()), tmp_path / "wan.safetensors")
+    save_file(name_wan_as_released(model.state_dict()), tmp_path / "wan.safetensors")
     return tmp_path / "wan.safetensors", tmp_path / "configs", model
 
 
@@ -296,6 +265,58 @@ def test_a_patched_single_file_needs_nothing_but_its_folder(single_file, tmp_pat
     assert torch.equal(call(loaded, inputs), call(model, inputs))
     retrofit.unpatch(out, tmp_path / "back")
     assert [path.name for path in (tmp_path / "back").iterdir()] == ["wan.safetensors"]
+
+
+def test_a_whole_pipeline_in_one_file_is_patched_and_loaded(pipeline, tmp_path, run_command):
+    import retrofit
+
+    dense = tiny_pipelines.make_sd_pipeline()
+    parts = (dense.unet, dense.vae, dense.text_encoder)
+    file = tmp_path / "sd.safetensors"
+    save_file(name_stable_diffusion_as_released(*(part.state_dict() for part in parts)), file)
+    out = tmp_path / "patched"
+    answer = run_command(
+        *("patch", file, "--config", pipeline, "--method", "hidiffusion", "-o", out, "--json")
+    )
+    assert answer.code == 0, answer.err
+    assert answer.json["patched"][0].startswith("unet.")
+    assert answer.json["proof"]["networks"][0]["sparse_sites"] == 5
+    loaded = retrofit.load(out)
+    call = tiny_pipelines.call_sd_pipeline
+    assert not torch.equal(call(loaded), call(dense))
+    retrofit.patch_of(loaded).remove()
+    assert torch.equal(call(loaded), call(dense))
+    assert run_command("unpatch", out, "-o", tmp_path / "back").code == 0
+    assert (tmp_path / "back" / "sd.safetensors").read_bytes() == file.read_bytes()
+
+
+def test_a_single_file_whose_configs_lack_its_network_says_so(single_file, tmp_path):
+    file, configs, _ = single_file
+    index = {"_class_name": "WanPipeline", "vae": ["diffusers", "AutoencoderKLWan"]}
+    (configs / "model_index.json").write_text(json.dumps(index))
+    tiny_pipelines.make_wan_vae().save_config(configs / "vae")
+    with pytest.raises(CheckpointError, match="its configs list vae, none of"):
+        find_checkpoint(file, config=str(configs))
+
+
+def test_a_config_that_names_no_library_is_refused(encoder, copy_of):
+    folder = copy_of(encoder)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="names neither"):
+        find_checkpoint(folder)
+
+
+def test_a_config_that_is_no_object_is_refused(encoder, copy_of):
+    folder = copy_of(encoder)
+    (folder / "config.json").write_text("[]")
+    with pytest.raises(CheckpointError, match="expected a JSON object"):
+        find_checkpoint(folder)
+
+
+def test_a_folder_of_one_file_says_to_give_the_file(tmp_path):
+    save_file({"x": torch.ones(1)}, tmp_path / "wan.safetensors")
+    with pytest.raises(CheckpointError, match="Give the file itself: .*wan.safetensors"):
+        find_checkpoint(tmp_path)
 
 
 def test_a_single_file_without_configs_asks_for_them(single_file):

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import shutil
 
 import huggingface_hub
 import pytest
+import torch
 from huggingface_hub import errors as hub
+from safetensors.torch import save_file
 
 from retrofit.checkpoint import find_checkpoint
 from retrofit.errors import NotFoundError, RetrofitError
 from retrofit.opening import check_weights, load_networks
+from tests import tiny_models
+from tests.single_files import name_wan_as_released
 
 
 @pytest.fixture
@@ -101,6 +106,35 @@ def test_a_repository_without_configs_is_no_checkpoint(fake_hub):
     (repositories / "owner/data/main").mkdir(parents=True)
     with pytest.raises(NotFoundError, match="no configs"):
         find_checkpoint("owner/data")
+
+
+def test_one_file_of_a_repository_may_be_named(fake_hub, pipeline, tmp_path):
+    repositories, fetched = fake_hub
+    dense = tiny_models.make_wan()
+    dense.save_config(tmp_path / "configs")
+    folder = repositories / "owner/single/main"
+    folder.mkdir(parents=True)
+    for name in ("wan", "other"):
+        save_file(name_wan_as_released(dense.state_dict()), folder / f"{name}.safetensors")
+    found = find_checkpoint("owner/single/wan.safetensors", config=str(tmp_path / "configs"))
+    assert found.layout == "single-file"
+    assert fetched == ["wan.safetensors"]
+    with pytest.raises(NotFoundError, match="has no file 'no.safetensors'"):
+        find_checkpoint("owner/single/no.safetensors")
+
+
+def test_the_configs_of_a_single_file_come_from_the_hub(fake_hub, tmp_path):
+    repositories, fetched = fake_hub
+    dense = tiny_models.make_wan()
+    repository = repositories / "Wan-AI/Wan2.1-T2V-1.3B-Diffusers/main"
+    dense.save_pretrained(repository / "transformer")
+    index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+    (repository / "model_index.json").write_text(json.dumps(index))
+    save_file(name_wan_as_released(dense.state_dict()), tmp_path / "wan.safetensors")
+    found = find_checkpoint(tmp_path / "wan.safetensors", config="Wan-AI/Wan2.1-T2V-1.3B-Diffusers")
+    assert not [name for name in fetched if name.endswith(".safetensors")]
+    loaded = load_networks(found, [""], device="cpu")
+    assert torch.equal(loaded.proj_out.weight, dense.proj_out.weight)
 
 
 def _make(kind):

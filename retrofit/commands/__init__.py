@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import inspect as inspect_module
+import os
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -100,6 +101,8 @@ def about(
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
+    for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice on loading is not for our users
+        os.environ.setdefault(f"{library}_VERBOSITY", "error")
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
