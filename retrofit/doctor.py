@@ -123,16 +123,16 @@ def examine_room() -> list[Finding]:
 
 
 def examine_backends() -> list[Finding]:
-    """Every backend of every operator: usable, or why not and what mends it."""
+    """Every backend of every operator: chosen, usable, or why not and what mends it."""
     from retrofit import kernels
 
-    table: Any = getattr(kernels, "backends", None)
-    if table is None:
-        return []
-    return [
-        Finding(what=f"{row.operator}: {row.backend}", ok=row.ok, found=row.reason, fix=row.fix)
-        for row in table()
-    ]
+    explain: Any = getattr(kernels, "explain", lambda: [])
+    found = []
+    for row in explain():
+        text = row["reason"] or ("taken here" if row["is_chosen"] else "usable, another is taken")
+        what = f"{row['operator']}: {row['backend']}"
+        found.append(Finding(what=what, ok=row["is_usable"], found=text))
+    return found
 
 
 def system() -> str:

@@ -98,3 +98,24 @@ def test_doctor_tells_a_build_without_cuda_from_a_machine_without_gpu(monkeypatc
     assert doctor._why_no_gpu(torch).ok
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     assert "nvidia-smi" in doctor._why_no_gpu(torch).fix
+
+
+def test_doctor_says_of_every_backend_whether_it_is_taken_or_why_not(monkeypatch, run_command):
+    from retrofit import kernels
+
+    rows = [
+        {"backend": "triton", "is_usable": False, "reason": "no GPU here", "is_chosen": False},
+        {"backend": "native", "is_usable": True, "reason": "", "is_chosen": True},
+        {"backend": "torch", "is_usable": True, "reason": "", "is_chosen": False},
+    ]
+    answers = [{"operator": "window_attention", **row} for row in rows]
+    monkeypatch.setattr(kernels, "explain", lambda: answers, raising=False)
+    found = {f.what.split(": ")[1]: (f.ok, f.found) for f in doctor.examine_backends()}
+    assert found == {
+        "triton": (False, "no GPU here"),
+        "native": (True, "taken here"),
+        "torch": (True, "usable, another is taken"),
+    }
+    answer = run_command("doctor")
+    assert "window_attention: triton" in answer.out
+    assert "no GPU here" in answer.out
