@@ -7,18 +7,20 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from retrofit.errors import ConfigError, suggest
+from retrofit.errors import ConfigError
+from retrofit.kernels._dispatch import forced_backend
+from retrofit.kernels.block_sparse.backends import OPERATOR
 from retrofit.kernels.block_sparse.lists import (
     BlockLists,
     check_block_mask,
     check_block_size,
     count_blocks,
 )
-from retrofit.kernels.block_sparse.plain import attend_plain
+from retrofit.kernels.block_sparse.ops import block_sparse_op, pack_blocks
+from retrofit.kernels.block_sparse.plain import Problem, attend_plain, new_results
 from retrofit.kernels.block_sparse.reference import attend_reference
 
-WHERE = "block_sparse_attention"
-BACKENDS = {"torch": attend_plain, "reference": attend_reference}
+WHERE = OPERATOR
 
 
 @overload
@@ -85,36 +87,80 @@ def block_sparse_attention(
             (as `scaled_dot_product_attention` does).
         scale: Factor on the scores, `D ** -0.5` when None.
         return_lse: Also return the natural log-sum-exp of the scores.
-        backend: Name of the backend to use; None picks one.
+        backend: `native`, `torch` or `reference`; None takes `RETROFIT_BACKEND`, else the first
+            that can run the call. `torch` leaves no operator of ours in a traced graph, so that
+            an exported program loads without retrofit.
 
     Returns:
-        Output `[B, H, S_q, D_v]` in the dtype of `query`; with `return_lse` also `[B, H, S_q]`,
-        float32 (float64 for float64 inputs).
+        Output `[B, H, S_q, D_v]`, in the dtype of `value` (of autocast where it is on); with
+        `return_lse` also `[B, H, S_q]`, float32 (float64 for float64 inputs).
 
     Raises:
         ConfigError: If shapes, dtypes or the backend's name do not fit.
+        UnsupportedError: If the backend that was asked for can't run the call.
     """
-    block_size = check_block_size(block_size, WHERE)
+    sizes = check_block_size(block_size, WHERE)
     _check_tensors(query, key, value)
+    query, key, value = align_dtypes(query, key, value)
     lengths = query.shape[2], key.shape[2]
-    blocks = count_blocks(lengths[0], block_size[0]), count_blocks(lengths[1], block_size[1])
+    blocks = count_blocks(lengths[0], sizes[0]), count_blocks(lengths[1], sizes[1])
     check_block_mask(block_mask, (query.shape[0], query.shape[1]), blocks, WHERE)
-    attn_mask = _as_full_rank(attn_mask, (*query.shape[:3], lengths[1]))
-    name = backend or "torch"
-    if name not in BACKENDS:
-        raise ConfigError(f"{WHERE}: no backend called {name!r}. {suggest(name, BACKENDS)}")
-    out, lse = BACKENDS[name](
-        query,
-        key,
-        value,
-        block_mask,
-        block_size=block_size,
-        attn_mask=attn_mask,
+    problem = Problem(
+        query=query,
+        key=key,
+        value=value,
+        block_size=sizes,
+        attn_mask=_as_full_rank(attn_mask, (*query.shape[:3], lengths[1])),
         is_causal=is_causal,
         scale=query.shape[-1] ** -0.5 if scale is None else scale,
     )
-    out = out.to(query.dtype)
+    out, lse = _run(problem, block_mask, return_lse, backend)
     return (out, lse) if return_lse else out
+
+
+def _run(
+    p: Problem, block_mask: Tensor | BlockLists, return_lse: bool, backend: str | None
+) -> tuple[Tensor, Tensor]:
+    """Run the operator, or PyTorch operations in the open where that is asked for or needed."""
+    name = forced_backend(OPERATOR, backend) or ""
+    is_learned = p.attn_mask is not None and p.attn_mask.requires_grad and torch.is_grad_enabled()
+    if not p.query.shape[2] or not p.key.shape[2]:
+        out, lse = new_results(p.query, p.value)
+        return out.zero_(), lse.fill_(float("-inf"))
+    if name == "reference":
+        return attend_reference(p, block_mask)
+    if is_learned or (name == "torch" and torch.compiler.is_compiling()):
+        if is_under_autocast(p.query):
+            with torch.autocast(p.query.device.type, enabled=False):
+                return attend_plain(p, block_mask)
+        return attend_plain(p, block_mask)
+    tensors = p.query, p.key, p.value
+    return block_sparse_op(
+        *tensors,
+        pack_blocks(block_mask),
+        p.attn_mask,
+        *p.block_size,
+        p.is_causal,
+        p.scale,
+        return_lse,
+        name,
+    )
+
+
+def align_dtypes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring the three to one dtype: that of autocast where it is on, else that of `value`."""
+    dtype = value.dtype
+    if is_under_autocast(query) and torch.float64 not in (query.dtype, dtype):
+        dtype = torch.get_autocast_dtype(query.device.type)
+    if query.dtype == key.dtype == value.dtype == dtype:
+        return query, key, value
+    return query.to(dtype), key.to(dtype), value.to(dtype)
+
+
+def is_under_autocast(x: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor."""
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def _check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:

@@ -81,7 +81,7 @@ typedef struct {
     const int32_t *indices, *counts, *mask_ids;
     const uint64_t *mask_bits; /* [n_masks, block_q, mask_words] */
     int64_t list_stride[3];    /* rows of block_mask or indices per batch, head and query block */
-    int64_t list_width, mask_words;
+    int64_t list_width, num_masks, mask_words;
     const void *attn_mask;
     int64_t m_stride[4];
     int32_t dtype, attn_mask_kind, is_causal, threads;
@@ -111,6 +111,7 @@ typedef struct {
     char *packed;
     float sign, factor; /* sign of the scale, and |scale| * log2(e) */
     _Atomic int64_t next;
+    _Atomic int invalid; /* a list names a block or mask that does not exist */
     _Atomic int64_t *packs_done, *attends_done;
 } Job;
 
@@ -801,15 +802,15 @@ static uint32_t key_lanes(const Job *job, int64_t b, int64_t h, int64_t key, int
     return bits;
 }
 
+/* The panels of a query block; -1 if its list is not valid. */
 static int64_t list_panels(const Job *job, Scratch *s, int64_t b, int64_t h, int64_t block,
                            int64_t last_row) {
     const Call *c = job->call;
     int64_t at = b * c->list_stride[0] + h * c->list_stride[1] + block * c->list_stride[2];
     const uint8_t *kept = c->block_mask ? c->block_mask + at : NULL;
     int64_t entries = job->num_k, count = 0;
-    if (!kept) {
-        entries = c->counts[at / c->list_width];
-    }
+    if (!kept) entries = c->counts[at / c->list_width];
+    if (entries < 0 || (!kept && entries > c->list_width)) return -1;
     for (int64_t n = 0; n < entries; n++) {
         int64_t k = n;
         int masked = 0;
@@ -819,6 +820,7 @@ static int64_t list_panels(const Job *job, Scratch *s, int64_t b, int64_t h, int
             k = c->indices[at + n];
             int32_t id = c->mask_ids ? c->mask_ids[at + n] : -1;
             masked = id >= 0;
+            if (k < 0 || k >= job->num_k || id >= c->num_masks) return -1;
             if (masked) s->entry_bits[n] = c->mask_bits + id * c->block_q * c->mask_words;
         }
         int64_t start = k * c->block_k, end = start + c->block_k;
@@ -891,7 +893,7 @@ static void prefetch_panels(const Tile *t, const PanelRef *panels, int count, in
     }
 }
 
-static void attend_item(const Job *job, Scratch *s, int64_t group, int64_t item) {
+static void attend_item(Job *job, Scratch *s, int64_t group, int64_t item) {
     const Call *c = job->call;
     int64_t size = size_of(c), b = group / c->kv_heads;
     int64_t per_head = job->num_q * job->chunks_per_block;
@@ -912,6 +914,10 @@ static void attend_item(const Job *job, Scratch *s, int64_t group, int64_t item)
     memset(s->sums, 0, sizeof(float) * (size_t)(rows * VL));
     for (int64_t r = 0; r < rows; r++) s->maxima[r] = s->limits[r] = -FLT_MAX;
     int64_t count = list_panels(job, s, b, h, block, end - 1);
+    if (count < 0) {
+        atomic_store(&job->invalid, 1);
+        return;
+    }
     Tile t = {.job = job, .keys = slot_of(job, group), .s = s, .b = b, .h = h, .first_row = first};
     t.values = t.keys + job->num_panels * job->k_panel_bytes;
     int64_t tiles = (rows + MR - 1) / MR;
@@ -1035,7 +1041,7 @@ int retrofit_native_info(void) { return VECTOR_BYTES * 2 + HAS_DOT; }
 
 size_t retrofit_native_call_size(void) { return sizeof(Call); }
 
-/* 0 when done, 1 when memory ran out. */
+/* 0 when done, 1 when memory ran out, 2 if a list names what does not exist. */
 int retrofit_block_sparse(const Call *call) {
     Job job;
     memset(&job, 0, sizeof job);
@@ -1054,7 +1060,7 @@ int retrofit_block_sparse(const Call *call) {
             started++;
         work(&job);
         for (int i = 0; i < started; i++) pthread_join(handles[i], NULL);
-        status = atomic_load(&job.next) < job.items;
+        status = atomic_load(&job.next) < job.items ? 1 : atomic_load(&job.invalid) ? 2 : 0;
     }
     free(job.packed);
     free(counters);

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.block_sparse.lists import BlockLists, mask_from_lists, unpack_mask_bits
+from retrofit.kernels.block_sparse.plain import Problem, softmax_and_lse
 
 
 def expand_block_mask(
@@ -33,38 +34,27 @@ def expand_block_mask(
     return visible.flatten(4).flatten(2, 3)[:, :, :len_q, :len_k]
 
 
-def attend_reference(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    block_mask: Tensor | BlockLists,
-    *,
-    block_size: tuple[int, int],
-    attn_mask: Tensor | None,
-    is_causal: bool,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Attend with an explicit `S_q x S_k` mask.
+def attend_reference(problem: Problem, block_mask: Tensor | BlockLists) -> tuple[Tensor, Tensor]:
+    """Attend with an explicit `S_q x S_k` mask, in the dtype of the inputs.
 
-    Arguments are those of `block_sparse_attention`; the dtype of the inputs is the dtype of the
-    arithmetic (give float64 to judge others by it).
+    Give float64 to judge others by the result.
 
     Returns:
         Output `[B, H, S_q, D_v]` and natural log-sum-exp `[B, H, S_q]`.
     """
-    group = query.shape[1] // key.shape[1]
-    key, value = (x.repeat_interleave(group, dim=1) for x in (key, value))
-    scores = query @ key.transpose(-1, -2) * scale
+    query, attn_mask = problem.query, problem.attn_mask
+    group = query.shape[1] // problem.key.shape[1]
+    key, value = (x.repeat_interleave(group, dim=1) for x in (problem.key, problem.value))
+    scores = query @ key.transpose(-1, -2) * problem.scale
     if attn_mask is not None and attn_mask.dtype != torch.bool:
         scores = scores + attn_mask
     lengths = query.shape[2], key.shape[2]
-    visible = expand_block_mask(block_mask, block_size, lengths)
+    visible = expand_block_mask(block_mask, problem.block_size, lengths)
     if attn_mask is not None and attn_mask.dtype == torch.bool:
         visible = visible & attn_mask
-    if is_causal:
+    if problem.is_causal:
         visible = visible & torch.ones(lengths, dtype=torch.bool, device=query.device).tril()
     scores = scores.masked_fill(~visible, float("-inf"))
-    lse = scores.logsumexp(dim=-1)
-    # a row that sees nothing has lse -inf: give it weights 0 instead of NaN
-    finite = lse.masked_fill(lse == float("-inf"), 0.0)
-    return (scores - finite.unsqueeze(-1)).exp() @ value, lse
+    weights, lse = softmax_and_lse(scores)
+    wide = torch.promote_types(lse.dtype, torch.float32)
+    return weights.to(value.dtype) @ value, lse.to(wide)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from retrofit.kernels._dispatch import backends, explain
 from retrofit.kernels.block_select import pooled_scores, select_blocks, select_by_score
 from retrofit.kernels.block_sparse import (
     BlockLists,
@@ -15,7 +16,9 @@ from retrofit.kernels.merge import merge_attention
 
 __all__ = [
     "BlockLists",
+    "backends",
     "block_sparse_attention",
+    "explain",
     "lists_from_mask",
     "mask_from_lists",
     "merge_attention",

@@ -1,0 +1,64 @@
+"""What each backend of block-sparse attention says to a call, and how it is run."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from retrofit.kernels._dispatch import OPERATORS, Probe, Support, choose_backend
+from retrofit.kernels.block_sparse.eager import attend_on_cpu
+from retrofit.kernels.block_sparse.lists import BlockLists
+from retrofit.kernels.block_sparse.native import attend_native, native_supports
+from retrofit.kernels.block_sparse.plain import Problem, attend_eagerly, new_results
+from retrofit.kernels.block_sparse.reference import attend_reference
+
+OPERATOR = "block_sparse_attention"
+
+
+def answers(probe: Probe) -> dict[str, Support]:
+    """Whether each backend can run a call, in order of preference, and the reason if not."""
+    return {
+        "native": native_supports(probe.device, probe.dtype, probe.num_tokens),
+        "torch": (True, ""),
+        "reference": (True, ""),
+    }
+
+
+OPERATORS[OPERATOR] = answers
+
+
+def run_backend(
+    problem: Problem, block_mask: Tensor | BlockLists, *, with_lse: bool, backend: str
+) -> tuple[Tensor, Tensor | None]:
+    """Run a call on the named backend, or on the best one if the name is empty.
+
+    Returns:
+        Output in the dtype of `value`, stored as `[B, S_q, H, D_v]`; log-sum-exp if asked for.
+    """
+    p = problem
+    probe = Probe(
+        device=p.query.device.type,
+        dtype=p.query.dtype,
+        head_dim=p.query.shape[3],
+        num_tokens=max(p.query.shape[2], p.key.shape[2]),
+        is_strided=any(x.stride(3) != 1 for x in (p.query, p.key, p.value)),
+    )
+    name = choose_backend(OPERATOR, probe, backend)
+    out, lse = new_results(p.query, p.value)
+    if not p.query.numel() or not p.value.numel() or _is_empty(block_mask):
+        return out.zero_(), lse.fill_(float("-inf"))
+    if name == "native":
+        attend_native(p, block_mask, out=out, lse=lse if with_lse else None)
+        return out, lse if with_lse else None
+    if name == "reference":
+        made, made_lse = attend_reference(p, block_mask)
+    elif p.query.device.type == "cpu":
+        made, made_lse = attend_on_cpu(p, block_mask)
+    else:
+        made, made_lse = attend_eagerly(p, block_mask)
+    return out.copy_(made), made_lse.contiguous()
+
+
+def _is_empty(block_mask: Tensor | BlockLists) -> bool:
+    """Whether there is nothing to visit."""
+    blocks = block_mask.indices if isinstance(block_mask, BlockLists) else block_mask
+    return blocks.numel() == 0

@@ -1,0 +1,215 @@
+"""The operator as PyTorch sees it: one opaque node with shapes, gradients and FLOPs.
+
+A traced graph holds `retrofit::block_sparse_attention` whatever the backend; which one runs is
+decided when the node runs. It loads where retrofit is installed; `backend="torch"` leaves plain
+PyTorch operations in the graph instead.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from retrofit.kernels.block_sparse.backends import run_backend
+from retrofit.kernels.block_sparse.backward import attend_backward
+from retrofit.kernels.block_sparse.lists import BlockLists, count_blocks, mask_from_lists
+from retrofit.kernels.block_sparse.plain import Problem, new_results
+
+
+def pack_blocks(block_mask: Tensor | BlockLists) -> tuple[Tensor, ...]:
+    """A block mask as the operator takes it: `[mask]`, or `[indices, counts(, ids, bits)]`."""
+    if not isinstance(block_mask, BlockLists):
+        return (block_mask,)
+    parts = block_mask.indices, block_mask.counts, block_mask.mask_ids, block_mask.mask_bits
+    return tuple(x for x in parts if x is not None)
+
+
+def unpack_blocks(parts: list[Tensor]) -> Tensor | BlockLists:
+    """The inverse of `pack_blocks`."""
+    return parts[0] if len(parts) == 1 else BlockLists(*parts)
+
+
+@torch.library.custom_op("retrofit::block_sparse_attention", mutates_args=())
+def block_sparse_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: list[Tensor],
+    attn_mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    is_causal: bool,
+    scale: float,
+    with_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, S_q, D_v]` and log-sum-exp `[B, H, S_q]`, empty unless asked for."""
+    problem = Problem(
+        query=query,
+        key=key,
+        value=value,
+        block_size=(block_q, block_k),
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        out, lse = run_backend(problem, unpack_blocks(blocks), with_lse=with_lse, backend=backend)
+    return out, lse if with_lse and lse is not None else _no_lse(query)
+
+
+def _no_lse(query: Tensor) -> Tensor:
+    return query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
+
+
+@block_sparse_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: list[Tensor],
+    attn_mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    is_causal: bool,
+    scale: float,
+    with_lse: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    out, lse = new_results(query, value)
+    return out, lse if with_lse else _no_lse(query)
+
+
+@torch.library.custom_op("retrofit::block_sparse_attention_backward", mutates_args=())
+def block_sparse_backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    blocks: list[Tensor],
+    attn_mask: Tensor | None,
+    block_q: int,
+    block_k: int,
+    is_causal: bool,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, through the PyTorch route on every device."""
+    problem = Problem(
+        query=query,
+        key=key,
+        value=value,
+        block_size=(block_q, block_k),
+        attn_mask=attn_mask,
+        is_causal=is_causal,
+        scale=scale,
+    )
+    with torch.autocast(query.device.type, enabled=False):
+        return attend_backward(grad_out, grad_lse, problem, unpack_blocks(blocks), out)
+
+
+@block_sparse_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    query, key, value, blocks, attn_mask, *settings, with_lse, _ = inputs
+    ctx.with_lse = with_lse
+    ctx.save_for_backward(query, key, value, output[0], attn_mask, *blocks)
+    ctx.settings = settings
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    query, key, value, out, attn_mask, *blocks = ctx.saved_tensors
+    grads = block_sparse_backward_op(
+        grad_out,
+        grad_lse if ctx.with_lse else None,
+        query,
+        key,
+        value,
+        out,
+        blocks,
+        attn_mask,
+        *ctx.settings,
+    )
+    return (*grads, [None] * len(blocks), *[None] * 7)
+
+
+block_sparse_op.register_autograd(_backward, setup_context=_save)
+
+
+def _count_pairs(
+    query: Tensor, key: Tensor, blocks: list[Tensor], block_q: int, block_k: int
+) -> int:
+    """Pairs of tokens in the listed blocks.
+
+    Without values (on meta, or while tracing) all entries of a list count, and all of a mask.
+    """
+    (batch, heads, len_q, _), len_k = query.shape, key.shape[2]
+    block_mask = unpack_blocks(blocks)
+    if any(x.device.type == "meta" or type(x) is not Tensor for x in blocks):
+        width = len_k
+        if isinstance(block_mask, BlockLists):
+            width = block_mask.max_count * block_k
+        return batch * heads * len_q * min(width, len_k)
+    num_k = count_blocks(len_k, block_k)
+    if isinstance(block_mask, BlockLists):
+        block_mask = mask_from_lists(block_mask, num_k)
+    copies = batch * heads // (block_mask.shape[0] * block_mask.shape[1])
+    rows, columns = _block_lengths(len_q, block_q), _block_lengths(len_k, block_k)
+    kept = block_mask.sum(dim=(0, 1)).cpu().double()
+    return int(rows @ kept @ columns) * copies
+
+
+def _block_lengths(length: int, block: int) -> Tensor:
+    starts = torch.arange(0, length, block, dtype=torch.float64)
+    return (length - starts).clamp(max=block)
+
+
+@register_flop_formula(torch.ops.retrofit.block_sparse_attention, get_raw=True)
+def _count_flops(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    blocks: list[Tensor],
+    attn_mask: Any,
+    block_q: int,
+    block_k: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Two products over the pairs that are visited."""
+    pairs = _count_pairs(query, key, blocks, block_q, block_k)
+    return 2 * pairs * (query.shape[3] + value.shape[3])
+
+
+@register_flop_formula(torch.ops.retrofit.block_sparse_attention_backward, get_raw=True)
+def _count_backward_flops(
+    grad_out: Any,
+    grad_lse: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Any,
+    blocks: list[Tensor],
+    attn_mask: Any,
+    block_q: int,
+    block_k: int,
+    *args: Any,
+    **kwargs: Any,
+) -> int:
+    """Five products over the pairs that are visited."""
+    pairs = _count_pairs(query, key, blocks, block_q, block_k)
+    return 2 * pairs * (3 * query.shape[3] + 2 * value.shape[3])
