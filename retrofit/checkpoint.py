@@ -6,6 +6,7 @@ loads the networks.
 
 from __future__ import annotations
 
+import difflib
 import json
 import re
 from collections.abc import Mapping
@@ -85,7 +86,7 @@ def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = ""
     if path.is_file():
         return _single_file(path, str(model), config)
     matched = HUB_ID.fullmatch(str(model))
-    if matched is None or path.parent.is_dir() and str(path.parent) not in ("", "."):
+    if matched is None or _is_misspelt(path):
         raise NotFoundError(f"{model}: no such folder or file. {_nearby(path)}")
     return _fetch(str(model), *matched.groups(), weights=weights, config=config)
 
@@ -275,12 +276,21 @@ def _refuse_partial(path: Path) -> None:
             )
 
 
-def _nearby(path: Path) -> str:
-    """What lies where the user looked."""
+def _is_misspelt(path: Path) -> bool:
+    """Whether something of nearly that name lies here, which a hub id would be a surprise for."""
+    in_folder = path.parent.is_dir() and str(path.parent) != "."
+    return in_folder and bool(difflib.get_close_matches(path.name, _names_beside(path), cutoff=0.8))
+
+
+def _names_beside(path: Path) -> list[str]:
     parent = path.parent if path.parent.is_dir() else Path()
-    names = [
+    return [
         entry.name
         for entry in parent.iterdir()
         if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix == ".safetensors")
     ]
-    return f"{suggest(path.name, names[:50])} A hub id looks like `owner/name`."
+
+
+def _nearby(path: Path) -> str:
+    """What lies where the user looked."""
+    return f"{suggest(path.name, _names_beside(path)[:50])} A hub id looks like `owner/name`."

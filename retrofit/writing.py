@@ -77,6 +77,7 @@ def refuse_full_disk(out: Path, needed: int) -> None:
 def new_folder(out: Path) -> Iterator[Path]:
     """Yield a hidden folder that becomes `out` when the block ends well, and else disappears."""
     out = out.absolute()
+    missing = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(out)
     hidden = out.parent / f".{out.name}{PARTIAL}{os.getpid()}"
@@ -89,6 +90,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         _flush_folder(out.parent)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
+        for folder in missing:
+            with suppress(OSError):  # somebody else has put something there
+                folder.rmdir()
         raise
 
 

@@ -9,13 +9,13 @@ import sys
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel, WanTransformer3DModel
+from diffusers import DiffusionPipeline, UNet2DConditionModel, WanTransformer3DModel
 from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from retrofit.checkpoint import find_checkpoint
 from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError
-from retrofit.opening import build_networks, check_weights, load_networks
+from retrofit.opening import build_networks, check_weights, load_networks, load_whole
 from retrofit.saving import plan_patch, write_patched
 from retrofit.weights import check_folder, read_header
 from tests import tiny_models, tiny_pipelines
@@ -78,6 +78,25 @@ def test_a_variant_is_taken_where_there_is_nothing_else(pipeline, copy_of):
     loaded = load_networks(found, [""], device="cpu")
     dense = UNet2DConditionModel.from_pretrained(pipeline / "unet")
     assert torch.equal(loaded.conv_in.weight, dense.conv_in.weight)
+
+
+def test_a_pipeline_with_one_component_in_a_variant_loads_whole(pipeline, copy_of):
+    folder = copy_of(pipeline)
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.rename(weights.with_name("diffusion_pytorch_model.fp16.safetensors"))
+    loaded = load_whole(find_checkpoint(folder))
+    dense = DiffusionPipeline.from_pretrained(pipeline)
+    call = tiny_pipelines.call_sd_pipeline
+    assert torch.equal(call(loaded), call(dense))
+
+
+def test_components_keep_their_own_dtypes(pipeline, copy_of):
+    folder = copy_of(pipeline)
+    file = folder / "vae" / "diffusion_pytorch_model.safetensors"
+    halves = {name: x.bfloat16() for name, x in load_file(file).items()}
+    save_file(halves, file, metadata={"format": "pt"})
+    loaded = load_whole(find_checkpoint(folder))
+    assert (loaded.vae.dtype, loaded.unet.dtype) == (torch.bfloat16, torch.float32)
 
 
 def test_shards_are_followed_through_their_index(encoder, tmp_path):

@@ -101,6 +101,16 @@ def test_a_patched_checkpoint_on_the_hub_loads_patched(fake_hub, patched):
     assert len(retrofit.patch_of(model).report.patched) == 2
 
 
+def test_a_folder_named_as_an_owner_does_not_hide_the_hub(fake_hub, encoder, tmp_path, monkeypatch):
+    repositories, _ = fake_hub
+    shutil.copytree(encoder, repositories / "owner/bert/main")
+    shutil.copytree(encoder, tmp_path / "owner" / "minilm")
+    monkeypatch.chdir(tmp_path)
+    assert find_checkpoint("owner/bert").classes == {"": ("transformers", "BertModel")}
+    with pytest.raises(NotFoundError, match=r"Did you mean minilm\?"):
+        find_checkpoint("owner/minilmm")
+
+
 def test_a_repository_without_configs_is_no_checkpoint(fake_hub):
     repositories, _ = fake_hub
     (repositories / "owner/data/main").mkdir(parents=True)

@@ -52,6 +52,12 @@ def test_a_failure_leaves_nothing(error, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_failure_takes_the_folders_it_made_with_it(tmp_path):
+    with pytest.raises(KeyboardInterrupt), new_folder(tmp_path / "a" / "b" / "out"):
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_while_replacing_keeps_what_was_there(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")

@@ -140,6 +140,15 @@ def keep_measured(proof: dict[str, Any] | None) -> float | None:
     return sum(kept) / len(kept) if kept else None
 
 
+def summarize_proof(proof: dict[str, Any]) -> dict[str, Any]:
+    """A proof without the samples that only `verify` needs."""
+    entries = [
+        {key: value["sha256"] if key in ("dense", "patched") else value for key, value in e.items()}
+        for e in proof["networks"]
+    ]
+    return {**proof, "networks": entries}
+
+
 def _as_json(plan: Plan, proof: dict[str, Any] | None, out: Path | None) -> dict[str, Any]:
     report = plan.handle.report
     return result(
@@ -152,9 +161,9 @@ def _as_json(plan: Plan, proof: dict[str, Any] | None, out: Path | None) -> dict
         changed=list(report.changed),
         recipe=plan.recipe.to_dict(),
         out=None if out is None else str(out),
-        files=len(plan.files) + len(plan.configs),
-        bytes=plan.num_bytes,
-        proof=proof,
+        files=None if out is None else len(plan.files) + len(plan.configs),
+        bytes=None if out is None else plan.num_bytes,
+        proof=None if proof is None else summarize_proof(proof),
     )
 
 

@@ -34,7 +34,7 @@ def run(
     verify_checkpoint("minilm-sparse/").proof
     """
     from retrofit.checkpoint import find_checkpoint
-    from retrofit.commands.patch import keep_measured
+    from retrofit.commands.patch import keep_measured, summarize_proof
     from retrofit.verifying import require_patched, verify_checkpoint
 
     manifest = require_patched(find_checkpoint(out))
@@ -58,7 +58,7 @@ def run(
                 files=found.num_files,
                 added=list(found.added),
                 proof=found.proof,
-                repeated=found.repeated,
+                repeated=found.repeated and summarize_proof(found.repeated),
             )
         )
         return
