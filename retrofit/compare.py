@@ -183,6 +183,7 @@ class _Run:
             rows=rows,
             metrics=self.metrics,
             inputs=tuple(item.name for item in self.inputs),
+            lengths=tuple(item.tokens for item in self.inputs),
             tokens=max(tokens, default=None),
             rounds=rounds,
             machine=describe_machine(self.network.module),

@@ -53,6 +53,7 @@ class Comparison:
         rows: Dense first, then the variants in their order.
         metrics: What the keys of `Row.metrics` mean.
         inputs: Names of the inputs.
+        lengths: Tokens of each input, for texts.
         tokens: Tokens of the largest input or attention call, where known.
         rounds: How often every input ran in every variant while it was timed.
         machine: Device, dtype, versions, threads.
@@ -65,6 +66,7 @@ class Comparison:
     rows: tuple[Row, ...]
     metrics: tuple[Metric, ...]
     inputs: tuple[str, ...]
+    lengths: tuple[int | None, ...]
     tokens: int | None
     rounds: int
     machine: Mapping[str, Any]

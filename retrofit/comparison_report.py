@@ -23,6 +23,7 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
     """As plain data, every measurement included."""
     return {
         "inputs": list(comparison.inputs),
+        "input_tokens": list(comparison.lengths),
         "tokens": comparison.tokens,
         "rounds": comparison.rounds,
         "machine": dict(comparison.machine),

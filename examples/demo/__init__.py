@@ -1,0 +1,1 @@
+"""Patch a real checkpoint, compare it with the dense one, save it, verify it, undo it."""

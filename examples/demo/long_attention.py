@@ -1,0 +1,70 @@
+"""One attention call at 16k tokens: where leaving pairs out does pay."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from retrofit.grid import TokenGrid
+from retrofit.measure import Spread
+from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
+
+SHAPE = (1, 2, 16384, 64)  # [B, H, S, D]
+ROUNDS = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class LongCall:
+    """What one attention call took, dense and block-sparse.
+
+    Attributes:
+        keep: Fraction of the pairs that was kept.
+        dense_seconds: Of PyTorch's own attention, once a round.
+        sparse_seconds: Of the whole operator, choice of blocks included, once a round.
+    """
+
+    keep: float
+    dense_seconds: Spread
+    sparse_seconds: Spread
+
+    @property
+    def speed(self) -> Spread:
+        """Dense over sparse, for each round."""
+        pairs = zip(self.dense_seconds.values, self.sparse_seconds.values, strict=True)
+        return Spread(values=tuple(dense / sparse for dense, sparse in pairs))
+
+
+def time_long_call(
+    keep: float = 0.1, shape: tuple[int, int, int, int] = SHAPE, rounds: int = ROUNDS
+) -> LongCall:
+    """Time both in interleaved rounds on random float32 tensors."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
+    grid = TokenGrid(width=shape[2])
+    sparse = BlockSparse(config=BlockSparseConfig(keep=keep), grid=grid)
+
+    def run_sparse() -> Tensor:
+        return sparse(query, key, value, attn_mask=None, is_causal=False, scale=None)
+
+    def run_dense() -> Tensor:
+        return scaled_dot_product_attention(query, key, value)
+
+    run_sparse()  # the first call may build or load native code
+    times = [(_seconds(run_dense), _seconds(run_sparse)) for _ in range(rounds)]
+    dense, patched = zip(*times, strict=True)
+    return LongCall(
+        keep=sparse.keep_fraction(query, key),
+        dense_seconds=Spread(values=dense),
+        sparse_seconds=Spread(values=patched),
+    )
+
+
+def _seconds(call: Callable[[], Tensor]) -> float:
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
