@@ -124,9 +124,8 @@ def examine_room() -> list[Finding]:
 
 def examine_backends() -> list[Finding]:
     """Every backend of every operator: chosen, usable, or why not and what mends it."""
-    from retrofit import kernels
+    from retrofit.kernels import explain
 
-    explain: Any = getattr(kernels, "explain", lambda: [])
     found = []
     for row in explain():
         text = row["reason"] or ("taken here" if row["is_chosen"] else "usable, another is taken")

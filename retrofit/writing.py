@@ -90,9 +90,9 @@ def new_folder(out: Path) -> Iterator[Path]:
         _flush_folder(out.parent)
     except BaseException:
         shutil.rmtree(hidden, ignore_errors=True)
-        for folder in missing:
+        for parent in missing:
             with suppress(OSError):  # somebody else has put something there
-                folder.rmdir()
+                parent.rmdir()
         raise
 
 

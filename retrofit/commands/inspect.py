@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrofit.commands import options
-from retrofit.commands.console import print_json, print_lines, print_table, result
+from retrofit.commands.console import (
+    print_json,
+    print_lines,
+    print_table,
+    result,
+    without_collector,
+)
 
 SI = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 BIG = (("billion ", 1e9), ("million ", 1e6))
@@ -63,16 +69,17 @@ def run(
     options.require_positive("frames", frames)
     options.require_positive("tokens", tokens)
 
-    from retrofit.checkpoint import find_checkpoint
-    from retrofit.inspection import AskedSize, inspect_checkpoint
+    with without_collector():
+        from retrofit.checkpoint import find_checkpoint
+        from retrofit.inspection import AskedSize, inspect_checkpoint
 
-    checkpoint = find_checkpoint(model, weights=False, config=config)
-    reports = inspect_checkpoint(
-        checkpoint,
-        AskedSize(width=width, height=height, frames=frames, tokens=tokens),
-        components=component or (),
-        trust_remote_code=trust_remote_code,
-    )
+        checkpoint = find_checkpoint(model, weights=False, config=config)
+        reports = inspect_checkpoint(
+            checkpoint,
+            AskedSize(width=width, height=height, frames=frames, tokens=tokens),
+            components=component or (),
+            trust_remote_code=trust_remote_code,
+        )
     if json:
         print_json(_as_json(checkpoint, reports))
         return

@@ -109,7 +109,7 @@ def test_doctor_says_of_every_backend_whether_it_is_taken_or_why_not(monkeypatch
         {"backend": "torch", "is_usable": True, "reason": "", "is_chosen": False},
     ]
     answers = [{"operator": "window_attention", **row} for row in rows]
-    monkeypatch.setattr(kernels, "explain", lambda: answers, raising=False)
+    monkeypatch.setattr(kernels, "explain", lambda: answers)
     found = {f.what.split(": ")[1]: (f.ok, f.found) for f in doctor.examine_backends()}
     assert found == {
         "triton": (False, "no GPU here"),
