@@ -10,10 +10,10 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from retrofit.loading import load, patch_of
+    from retrofit.checkpoint.loading import load, patch_of
+    from retrofit.checkpoint.saving import save, unpatch
     from retrofit.patching import Patch, patch
     from retrofit.recipe import Recipe
-    from retrofit.saving import save, unpatch
 
 __version__ = "0.1.0"
 
@@ -22,11 +22,11 @@ __all__ = ["Patch", "Recipe", "load", "patch", "patch_of", "save", "unpatch"]
 _HOME = {
     "Patch": "patching",
     "Recipe": "recipe",
-    "load": "loading",
+    "load": "checkpoint.loading",
     "patch": "patching",
-    "patch_of": "loading",
-    "save": "saving",
-    "unpatch": "saving",
+    "patch_of": "checkpoint.loading",
+    "save": "checkpoint.saving",
+    "unpatch": "checkpoint.saving",
 }
 
 

@@ -17,13 +17,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrofit.checkpoint import Checkpoint
+from retrofit.checkpoint.opening import build_networks
 from retrofit.errors import InputError
 from retrofit.families.examples import Examples, InputSize
 from retrofit.handlers import UNREACHED
 from retrofit.intercept import ReplaceFunction, install, uninstall
 from retrofit.methods import METHODS
 from retrofit.networks import FoundNetwork, find_networks, module_of
-from retrofit.opening import build_networks
 from retrofit.sites import AttentionSite, Network
 
 

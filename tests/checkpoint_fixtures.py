@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from retrofit.checkpoint.manifest import MANIFEST, Manifest, _digest
 from retrofit.commands import run
-from retrofit.manifest import MANIFEST, Manifest, _digest
 from tests import tiny_pipelines
 
 BLOCKS = ("--method", "block-sparse", "--set", "block_size=[16,16]", "--set", "keep=0.25")

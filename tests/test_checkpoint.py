@@ -14,10 +14,10 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel
 
 from retrofit.checkpoint import find_checkpoint
+from retrofit.checkpoint.opening import build_networks, check_weights, load_networks, load_whole
+from retrofit.checkpoint.saving import plan_patch, write_patched
+from retrofit.checkpoint.weights import check_folder, read_header
 from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError
-from retrofit.opening import build_networks, check_weights, load_networks, load_whole
-from retrofit.saving import plan_patch, write_patched
-from retrofit.weights import check_folder, read_header
 from tests import tiny_models, tiny_pipelines
 from tests.single_files import name_stable_diffusion_as_released, name_wan_as_released
 

@@ -13,8 +13,8 @@ from huggingface_hub import errors as hub
 from safetensors.torch import save_file
 
 from retrofit.checkpoint import find_checkpoint
+from retrofit.checkpoint.opening import check_weights, load_networks
 from retrofit.errors import NotFoundError, RetrofitError
-from retrofit.opening import check_weights, load_networks
 from tests import tiny_models
 from tests.single_files import name_wan_as_released
 

@@ -14,11 +14,11 @@ from transformers import AutoModel, BertModel
 
 import retrofit
 from retrofit.checkpoint import find_checkpoint
+from retrofit.checkpoint.manifest import MANIFEST, Manifest
+from retrofit.checkpoint.proof import compare_proofs, is_identical, make_proof, repeat_proof
+from retrofit.checkpoint.saving import plan_patch, write_patched
 from retrofit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
-from retrofit.manifest import MANIFEST, Manifest
-from retrofit.proof import compare_proofs, is_identical, make_proof, repeat_proof
 from retrofit.recipe import Recipe
-from retrofit.saving import plan_patch, write_patched
 from tests import tiny_models, tiny_pipelines
 from tests.checkpoint_fixtures import contents, edit_manifest, flip_byte
 
@@ -241,7 +241,7 @@ def test_a_record_that_leads_out_of_the_checkpoint_is_refused(patched, copy_of, 
     file = folder / MANIFEST
     data = json.loads(file.read_text())
     point_outside(data)
-    from retrofit.manifest import _digest
+    from retrofit.checkpoint.manifest import _digest
 
     data["digest"] = _digest(data)
     file.write_text(json.dumps(data))
@@ -337,7 +337,7 @@ def test_two_networks_of_a_pipeline_are_proved_each(tmp_path):
     source = tiny_pipelines.write_pipeline(pipe, tmp_path / "wan")
     plan = plan_patch(find_checkpoint(source), "neighborhood")
     assert plan.components == ["transformer", "transformer_2"]
-    from retrofit.saving import prove
+    from retrofit.checkpoint.saving import prove
 
     proof = prove(plan, device="cpu")
     assert [entry["name"] for entry in proof["networks"]] == ["transformer", "transformer_2"]

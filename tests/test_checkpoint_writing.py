@@ -11,10 +11,15 @@ import textwrap
 
 import pytest
 
-from retrofit import writing
-from retrofit.checkpoint import PARTIAL, find_checkpoint
+from retrofit.checkpoint import PARTIAL, find_checkpoint, writing
+from retrofit.checkpoint.writing import (
+    copy_files,
+    list_files,
+    new_folder,
+    refuse_full_disk,
+    refuse_output,
+)
 from retrofit.errors import CheckpointError, InputError, RetrofitError
-from retrofit.writing import copy_files, list_files, new_folder, refuse_full_disk, refuse_output
 
 
 def _ignore(amount):

@@ -15,21 +15,21 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from retrofit import compare, measure, peak_memory
-from retrofit.compare import compare_models
-from retrofit.comparison import Comparison
-from retrofit.comparison_report import plot, table, to_dict, verdict
-from retrofit.errors import InputError, NonFiniteError, RetrofitError, UnsupportedError
-from retrofit.measure import ModelCall, ModelInput, Spread
-from retrofit.methods.hidiffusion import HiDiffusionConfig
-from retrofit.methods.window import WindowConfig
-from retrofit.metrics import cosine, metrics_for, neighbour_agreement, relative_error
-from retrofit.patching import patch
-from retrofit.peak_memory import (
+from retrofit import compare
+from retrofit.compare import compare_models, measure, peak_memory
+from retrofit.compare.measure import ModelCall, ModelInput, Spread
+from retrofit.compare.metrics import cosine, metrics_for, neighbour_agreement, relative_error
+from retrofit.compare.peak_memory import (
     MemoryJob,
     measure_peak_memory,
     with_peak_memory,
 )
+from retrofit.compare.report import plot, table, to_dict, verdict
+from retrofit.compare.result import Comparison
+from retrofit.errors import InputError, NonFiniteError, RetrofitError, UnsupportedError
+from retrofit.methods.hidiffusion import HiDiffusionConfig
+from retrofit.methods.window import WindowConfig
+from retrofit.patching import patch
 from retrofit.recipe import Recipe
 from tests import tiny_models
 

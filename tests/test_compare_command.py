@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from retrofit.commands import run
-from retrofit.compare_checkpoint import Variant, Where, compare_checkpoint
-from retrofit.comparison_inputs import InputChoice
+from retrofit.compare.checkpoints import Variant, Where, compare_checkpoint
+from retrofit.compare.inputs import InputChoice
 from retrofit.errors import InputError
 from retrofit.recipe import Recipe
 from tests import tiny_pipelines

@@ -8,11 +8,11 @@ import pytest
 import torch
 from PIL import Image
 
-from retrofit.comparison_inputs import STEPS, InputChoice, make_inputs
+from retrofit.compare.inputs import STEPS, InputChoice, make_inputs
+from retrofit.compare.measure import run_input
+from retrofit.compare.samples import collect_documents, draw_pictures
 from retrofit.errors import InputError, NotFoundError, UnsupportedError
 from retrofit.families.examples import InputSize
-from retrofit.measure import run_input
-from retrofit.samples import collect_documents, draw_pictures
 from tests import tiny_models, tiny_pipelines
 
 

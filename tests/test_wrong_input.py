@@ -13,9 +13,8 @@ import textwrap
 
 import pytest
 
-from retrofit import saving, writing
-from retrofit.checkpoint import PARTIAL
-from retrofit.manifest import MANIFEST
+from retrofit.checkpoint import PARTIAL, saving, writing
+from retrofit.checkpoint.manifest import MANIFEST
 from tests import tiny_models
 from tests.checkpoint_fixtures import BLOCKS, contents, edit_manifest
 

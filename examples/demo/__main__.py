@@ -23,8 +23,8 @@ from examples.demo.long_attention import SHAPE, LongCall, time_long_call
 from examples.demo.minilm import compare_minilm, find_minilm
 from examples.demo.round_trip import PATCHED, RESTORED, run_round_trip
 from retrofit.commands.console import print_table
-from retrofit.comparison import Comparison
-from retrofit.comparison_report import plot, table, to_dict, verdict
+from retrofit.compare.report import plot, table, to_dict, verdict
+from retrofit.compare.result import Comparison
 from retrofit.errors import RetrofitError
 
 EVERY = 10  # documents between two lines of progress

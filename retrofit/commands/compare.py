@@ -14,8 +14,8 @@ from retrofit.commands import options
 from retrofit.commands.console import count, print_json, print_lines, print_table, result, say
 
 if TYPE_CHECKING:
-    from retrofit.compare_checkpoint import Variant
-    from retrofit.comparison import Comparison
+    from retrofit.compare.checkpoints import Variant
+    from retrofit.compare.result import Comparison
 
 INPUTS = "What it runs on"
 
@@ -130,11 +130,11 @@ def run(
     options.require_positive("rounds", rounds)
     _refuse_plot(plot)
 
-    from retrofit.compare_checkpoint import Where, compare_checkpoint
-    from retrofit.comparison_inputs import InputChoice
-    from retrofit.comparison_report import plot as draw
+    from retrofit.checkpoint.loading import pick_device
+    from retrofit.compare.checkpoints import Where, compare_checkpoint
+    from retrofit.compare.inputs import InputChoice
+    from retrofit.compare.report import plot as draw
     from retrofit.inspection import AskedSize
-    from retrofit.loading import pick_device
 
     where = Where(
         device=pick_device(device),
@@ -167,7 +167,7 @@ def _read_variants(
     methods: list[str], recipes: list[str], settings: list[str] | None, sites: tuple[str, ...]
 ) -> list[Variant]:
     """Every method and recipe with every combination of the settings."""
-    from retrofit.compare_checkpoint import Variant
+    from retrofit.compare.checkpoints import Variant
 
     found = [(name, options.read_recipe(name, None)) for name in methods]
     found += [(Path(name).stem, options.read_recipe(None, name)) for name in recipes]
@@ -237,7 +237,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 def _as_json(comparison: Comparison, plot: Path | None) -> dict[str, Any]:
     """The keys that every verb has are those of the first variant."""
-    from retrofit.comparison_report import to_dict
+    from retrofit.compare.report import to_dict
 
     first = comparison.variants[0]
     report = first.report
@@ -254,7 +254,7 @@ def _as_json(comparison: Comparison, plot: Path | None) -> dict[str, Any]:
 
 
 def _print(comparison: Comparison, plot: Path | None) -> None:
-    from retrofit.comparison_report import table, verdict
+    from retrofit.compare.report import table, verdict
 
     machine, (before, after) = comparison.machine, comparison.load
     print_lines(

@@ -21,7 +21,7 @@ from retrofit.commands.console import (
 from retrofit.errors import InputError
 
 if TYPE_CHECKING:
-    from retrofit.saving import Plan
+    from retrofit.checkpoint.saving import Plan
 
 
 def run(
@@ -91,8 +91,8 @@ def run(
     retrofit.save(pipe, "out/")
     """
     from retrofit.checkpoint import find_checkpoint
-    from retrofit.loading import pick_device
-    from retrofit.saving import plan_patch, prove, refuse_target, write_patched
+    from retrofit.checkpoint.loading import pick_device
+    from retrofit.checkpoint.saving import plan_patch, prove, refuse_target, write_patched
 
     what = options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
@@ -110,7 +110,7 @@ def run(
     )
     proof = None
     if out is not None and not dry_run:
-        from retrofit.opening import check_weights
+        from retrofit.checkpoint.opening import check_weights
 
         refuse_target(plan, out, force=force)
         check_weights(plan.checkpoint)

@@ -28,8 +28,8 @@ def run(
     retrofit.unpatch("minilm-sparse/", "minilm-again/")
     """
     from retrofit.checkpoint import find_checkpoint
-    from retrofit.saving import unpatch
-    from retrofit.verifying import require_patched
+    from retrofit.checkpoint.saving import unpatch
+    from retrofit.checkpoint.verifying import require_patched
 
     manifest = require_patched(find_checkpoint(patched))
     size = sum(record.size for record in manifest.files.values())

@@ -30,12 +30,12 @@ def run(
 
     [bold]In Python[/bold]
 
-    from retrofit.verifying import verify_checkpoint
+    from retrofit.checkpoint.verifying import verify_checkpoint
     verify_checkpoint("minilm-sparse/").proof
     """
     from retrofit.checkpoint import find_checkpoint
+    from retrofit.checkpoint.verifying import require_patched, verify_checkpoint
     from retrofit.commands.patch import keep_measured, summarize_proof
-    from retrofit.verifying import require_patched, verify_checkpoint
 
     manifest = require_patched(find_checkpoint(out))
     records = [*manifest.files.values(), *manifest.configs.values()]

@@ -11,8 +11,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from retrofit.checkpoint import find_checkpoint
+from retrofit.checkpoint.opening import load_networks
 from retrofit.inspection import AskedSize, inspect_checkpoint
-from retrofit.opening import load_networks
 from tests import tiny_models, tiny_pipelines
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import yaml
 
-from retrofit.manifest import MANIFEST, Manifest
+from retrofit.checkpoint.manifest import MANIFEST, Manifest
 from retrofit.recipe import Recipe
 from tests.checkpoint_fixtures import BLOCKS, contents, edit_manifest, flip_byte
 

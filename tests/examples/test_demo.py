@@ -13,8 +13,8 @@ from examples.demo import minilm
 from examples.demo.long_attention import time_long_call
 from examples.demo.minilm import METHODS, compare_minilm, find_minilm
 from examples.demo.round_trip import PATCHED, RESTORED, compare_bytes, run_round_trip
-from retrofit.compare.result import Comparison
 from retrofit.compare.inputs import InputChoice, make_inputs
+from retrofit.compare.result import Comparison
 from retrofit.errors import NotFoundError, RetrofitError
 from tests import tiny_models, tiny_pipelines
 

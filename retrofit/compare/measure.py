@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.manifest import current_versions
-from retrofit.metrics import output_tensor
+from retrofit.checkpoint.manifest import current_versions
+from retrofit.compare.metrics import output_tensor
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.patching import Patch
 

@@ -1,7 +1,7 @@
 """Find a checkpoint, and say what it is made of: a folder, a hub id or a single file.
 
-Only configs are read here; `retrofit.weights` looks at the weights, `retrofit.opening` builds and
-loads the networks.
+Only configs are read here; `retrofit.checkpoint.weights` looks at the weights,
+`retrofit.checkpoint.opening` builds and loads the networks.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from retrofit import hub
+from retrofit.checkpoint import hub
+from retrofit.checkpoint.manifest import MANIFEST, Manifest
+from retrofit.checkpoint.single_file import denoising_component, guess_config_repo, holds_pipeline
+from retrofit.checkpoint.weights import PICKLES, find_weights, refuse_pickle
 from retrofit.errors import CheckpointError, NotFoundError, RetrofitError, suggest
-from retrofit.manifest import MANIFEST, Manifest
-from retrofit.single_file import denoising_component, guess_config_repo, holds_pipeline
-from retrofit.weights import PICKLES, find_weights, refuse_pickle
 
 Layout = Literal["pipeline", "diffusers", "transformers", "single-file"]
 PARTIAL = ".retrofit-partial-"

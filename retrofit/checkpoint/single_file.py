@@ -10,8 +10,8 @@ import importlib
 from pathlib import Path
 from typing import Any
 
+from retrofit.checkpoint.weights import read_header
 from retrofit.errors import CheckpointError
-from retrofit.weights import read_header
 
 # Where a whole pipeline in one file keeps what is not its denoising network.
 PIPELINE_PARTS = (

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retrofit.compare.measure import ModelCall, ModelInput
+from retrofit.compare.samples import collect_documents, draw_pictures
 from retrofit.errors import InputError, NotFoundError, UnsupportedError
 from retrofit.families.examples import InputSize
 from retrofit.inspection import AskedSize
-from retrofit.measure import ModelCall, ModelInput
 from retrofit.networks import FoundNetwork, find_networks
-from retrofit.samples import collect_documents, draw_pictures
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -44,7 +44,7 @@ def check_unchanged(target: Any, checkpoint: Checkpoint) -> None:
     """
     from torch import nn
 
-    from retrofit.opening import load_networks
+    from retrofit.checkpoint.opening import load_networks
 
     if not is_pipeline(target):
         _compare_weights(target, load_networks(checkpoint, [""], device="cpu"), checkpoint, "")

@@ -17,8 +17,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from retrofit.checkpoint import PARTIAL
+from retrofit.checkpoint.manifest import CHUNK, MANIFEST, FileRecord, sample_file
 from retrofit.errors import InputError, RetrofitError
-from retrofit.manifest import CHUNK, MANIFEST, FileRecord, sample_file
 
 Advance = Callable[[int], object]
 REPLACED = ".retrofit-replaced-"

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint import Checkpoint
-from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError, suggest
-from retrofit.libraries import (
+from retrofit.checkpoint.libraries import (
     LIBRARIES,
     class_of,
     conversion_command,
@@ -16,7 +15,8 @@ from retrofit.libraries import (
     quiet_libraries,
     torch_dtype,
 )
-from retrofit.weights import Weights, check_file, check_folder
+from retrofit.checkpoint.weights import Weights, check_file, check_folder
+from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError, suggest
 
 if TYPE_CHECKING:
     from torch import nn

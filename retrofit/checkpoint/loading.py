@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoint import find_checkpoint
+from retrofit.checkpoint.manifest import MANIFEST, Manifest, site_map
+from retrofit.checkpoint.opening import load_whole
+from retrofit.checkpoint.verifying import require_patched
 from retrofit.errors import CheckpointError, InputError, UnsupportedError
 from retrofit.handlers import GuardRoot
 from retrofit.intercept import find_interceptor
-from retrofit.manifest import MANIFEST, Manifest, site_map
 from retrofit.networks import find_networks, is_pipeline
-from retrofit.opening import load_whole
 from retrofit.patching import Patch, patch
 from retrofit.recipe import Recipe
-from retrofit.verifying import require_patched
 
 
 def load(

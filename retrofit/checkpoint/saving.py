@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoint import CONFIG_FOLDER, Checkpoint, find_checkpoint
-from retrofit.errors import AlreadyPatchedError, VerificationError
-from retrofit.manifest import (
+from retrofit.checkpoint.manifest import (
     MANIFEST,
     RESTORE,
     FileRecord,
@@ -18,12 +17,9 @@ from retrofit.manifest import (
     current_versions,
     describe_patch,
 )
-from retrofit.methods import Method
-from retrofit.opening import build_networks, check_weights, load_networks
-from retrofit.patching import Patch, patch
-from retrofit.recipe import Recipe
-from retrofit.verifying import require_patched
-from retrofit.writing import (
+from retrofit.checkpoint.opening import build_networks, check_weights, load_networks
+from retrofit.checkpoint.verifying import require_patched
+from retrofit.checkpoint.writing import (
     Advance,
     copy_files,
     list_files,
@@ -32,6 +28,10 @@ from retrofit.writing import (
     refuse_output,
     total_size,
 )
+from retrofit.errors import AlreadyPatchedError, VerificationError
+from retrofit.methods import Method
+from retrofit.patching import Patch, patch
+from retrofit.recipe import Recipe
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +120,12 @@ def prove(
     dtype: str | None = None,
     trust_remote_code: bool = False,
 ) -> dict[str, Any]:
-    """Load the patched networks and run the probe of `retrofit.proof`.
+    """Load the patched networks and run the probe of `retrofit.checkpoint.proof`.
 
     Raises:
         UnsupportedError: If the patch changes nothing.
     """
-    from retrofit.proof import make_proof
+    from retrofit.checkpoint.proof import make_proof
 
     target = load_networks(
         plan.checkpoint,
@@ -214,8 +214,8 @@ def save(
         retrofit.save(pipe, "sdxl-hidiffusion/")
         ```
     """
-    from retrofit.loading import patch_of, pick_device
-    from retrofit.origin import check_unchanged, find_origin
+    from retrofit.checkpoint.loading import patch_of, pick_device
+    from retrofit.checkpoint.origin import check_unchanged, find_origin
 
     recipe = patch_of(target).recipe
     checkpoint = find_origin(target)

@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoint import Checkpoint, find_checkpoint
+from retrofit.checkpoint.opening import build_networks, load_networks
 from retrofit.compare import Progress, compare_models
-from retrofit.comparison import Comparison
-from retrofit.comparison_inputs import InputChoice, make_inputs
+from retrofit.compare.inputs import InputChoice, make_inputs
+from retrofit.compare.peak_memory import with_peak_memory
+from retrofit.compare.result import Comparison
 from retrofit.errors import InputError
 from retrofit.inspection import NetworkReport, inspect_checkpoint
-from retrofit.opening import build_networks, load_networks
 from retrofit.patching import patch
-from retrofit.peak_memory import with_peak_memory
 from retrofit.recipe import Recipe
 
 

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from retrofit.compare import Progress
-from retrofit.comparison import Comparison
+from retrofit.compare.measure import ModelInput, find_network, run_input
+from retrofit.compare.result import Comparison
 from retrofit.errors import RetrofitError
-from retrofit.measure import ModelInput, find_network, run_input
 from retrofit.patching import patch
 from retrofit.recipe import Recipe
 
@@ -56,7 +56,7 @@ def measure_peak_memory(job: MemoryJob) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.pickle"
         file.write_bytes(pickle.dumps(job))
-        command = [sys.executable, "-m", "retrofit.peak_memory", str(file)]
+        command = [sys.executable, "-m", "retrofit.compare.peak_memory", str(file)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]

@@ -1,8 +1,8 @@
 """The proof of a patch: a seeded probe that anyone can repeat in a fresh process.
 
 One step of each patched network on example inputs, dense and patched. A proof is made only where
-at least one site really dropped work and the output changed. `retrofit.verifying` repeats it in a
-process of its own.
+at least one site really dropped work and the output changed. `retrofit.checkpoint.verifying`
+repeats it in a process of its own.
 """
 
 from __future__ import annotations

@@ -11,9 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.comparison import Comparison, Row
-from retrofit.errors import InputError, NonFiniteError
-from retrofit.measure import (
+from retrofit.compare.measure import (
     ModelInput,
     Spread,
     describe_machine,
@@ -22,7 +20,9 @@ from retrofit.measure import (
     run_input,
     time_input,
 )
-from retrofit.metrics import GroupMetric, Metric, PairMetric, measure_group, metrics_for
+from retrofit.compare.metrics import GroupMetric, Metric, PairMetric, measure_group, metrics_for
+from retrofit.compare.result import Comparison, Row
+from retrofit.errors import InputError, NonFiniteError
 from retrofit.networks import FoundNetwork
 from retrofit.patching import Patch, patch
 from retrofit.recipe import Recipe

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrofit.checkpoint import Checkpoint, find_checkpoint
+from retrofit.checkpoint.manifest import MANIFEST, RESTORE, Manifest
+from retrofit.checkpoint.writing import hash_file, list_files
 from retrofit.errors import CheckpointError, RetrofitError, VerificationError
-from retrofit.manifest import MANIFEST, RESTORE, Manifest
-from retrofit.writing import hash_file, list_files
 
 MEANINGFUL = (".safetensors", ".json")  # an added file of these kinds can change what is loaded
 
@@ -78,7 +78,7 @@ def verify_checkpoint(
     proof, repeated = manifest.proof, None
     outcome: Literal["identical", "within tolerance", "none"] = "none"
     if proof is not None:
-        from retrofit.proof import compare_proofs, is_identical
+        from retrofit.checkpoint.proof import compare_proofs, is_identical
 
         repeated = _repeat(folder, device, dtype, trust_remote_code)
         problems = compare_proofs(proof, repeated)
@@ -126,7 +126,7 @@ def _repeat(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
     }
-    command = [sys.executable, "-m", "retrofit.verifying"]
+    command = [sys.executable, "-m", "retrofit.checkpoint.verifying"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
@@ -142,9 +142,9 @@ def _repeat(
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     """What the fresh process does."""
-    from retrofit.loading import pick_device
-    from retrofit.opening import load_networks
-    from retrofit.proof import repeat_proof
+    from retrofit.checkpoint.loading import pick_device
+    from retrofit.checkpoint.opening import load_networks
+    from retrofit.checkpoint.proof import repeat_proof
     from retrofit.recipe import Recipe
 
     checkpoint = find_checkpoint(request["folder"])

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from retrofit.measure import Spread
-from retrofit.metrics import Metric
+from retrofit.compare.measure import Spread
+from retrofit.compare.metrics import Metric
 from retrofit.patching import PatchReport
 from retrofit.recipe import Recipe
 

@@ -54,7 +54,7 @@ class Manifest:
         configs: The same for configs added beside a single-file checkpoint.
         single_file: Name of the file of such a checkpoint, else empty.
         versions: Of Python and the libraries it was written with.
-        proof: See `retrofit.proof`; None when it was not asked for.
+        proof: See `retrofit.checkpoint.proof`; None when it was not asked for.
     """
 
     source: str

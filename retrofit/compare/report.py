@@ -1,0 +1,258 @@
+"""A comparison for people and programs: plain data, a table, one line of verdict, a plot."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.compare.measure import Spread
+from retrofit.compare.metrics import GroupMetric, Metric
+from retrofit.compare.result import Comparison, Row
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+MIB = 2**20
+FASTER = 1.02  # below this factor a difference in speed is not called one
+
+
+def to_dict(comparison: Comparison) -> dict[str, Any]:
+    """As plain data, every measurement included."""
+    return {
+        "inputs": list(comparison.inputs),
+        "input_tokens": list(comparison.lengths),
+        "tokens": comparison.tokens,
+        "rounds": comparison.rounds,
+        "machine": dict(comparison.machine),
+        "load_average": list(comparison.load),
+        "noisy": comparison.noisy,
+        "attention_share": comparison.attention_share,
+        "metrics": {m.name: {"meaning": m.meaning, "better": m.better} for m in comparison.metrics},
+        "dense": _row_to_dict(comparison.dense),
+        "variants": [_row_to_dict(row) for row in comparison.variants],
+        "verdict": verdict(comparison),
+    }
+
+
+def _row_to_dict(row: Row) -> dict[str, Any]:
+    data: dict[str, Any] = {
+        "name": row.name,
+        "seconds": row.seconds.to_dict(),
+        "speed": row.speed.to_dict(),
+        "peak_bytes": row.peak_bytes,
+    }
+    if row.recipe is None or row.report is None:
+        return data
+    return {
+        **data,
+        "method": row.recipe.method.name,
+        "recipe": row.recipe.to_dict(),
+        "patched": list(row.report.patched),
+        "skipped": [{"site": s.path, "reason": s.reason} for s in row.report.skipped],
+        "keep_asked": row.keep_asked,
+        "keep_measured": row.keep_measured,
+        "calls": dict(row.calls),
+        "metrics": {
+            name: {**spread.to_dict(), "values": list(spread.values)}
+            for name, spread in row.metrics.items()
+        },
+    }
+
+
+def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells, a column for each variant: medians, with smallest and largest below.
+
+    Metrics that are fractions of neighbours are means, in per cent.
+    """
+    rows: list[tuple[str, Callable[[Row], str]]] = [("keep asked / measured", _keep)]
+    rows += [
+        (_label_metric(m), functools.partial(_metric_cell, metric=m)) for m in comparison.metrics
+    ]
+    rows += [("ms an input\nmin to max", lambda row: _cell(row.seconds, _milliseconds))]
+    rows += [("speed, dense = 1\nmin to max", lambda row: _cell(row.speed, _factor))]
+    if any(row.peak_bytes is not None for row in comparison.rows):
+        rows += [("peak memory, MiB", _mebibytes)]
+    headers = ["", *(row.name.replace(" ", "\n", 1) for row in comparison.rows)]
+    return headers, [[label, *(show(row) for row in comparison.rows)] for label, show in rows]
+
+
+def _label_metric(metric: Metric) -> str:
+    name = metric.name.replace("_", " ")
+    if isinstance(metric, GroupMetric):
+        return f"{name}, {metric.better} is closer"
+    return f"{name}, {metric.better} is closer\nmin to max"
+
+
+def _keep(row: Row) -> str:
+    if row.recipe is None:
+        return "1"
+    asked = "-" if row.keep_asked is None else f"{row.keep_asked:g}"
+    return asked + (" / -" if row.keep_measured is None else f" / {row.keep_measured:.3f}")
+
+
+def _metric_cell(row: Row, *, metric: Metric) -> str:
+    spread = row.metrics.get(metric.name)
+    if spread is None:
+        return ""
+    if isinstance(metric, GroupMetric):
+        return f"{spread.mean:.1%}"
+    return _cell(spread, _short)
+
+
+def _cell(spread: Spread, show: Callable[[float], str]) -> str:
+    return f"{show(spread.median)}\n{show(min(spread.values))} to {show(max(spread.values))}"
+
+
+def _milliseconds(seconds: float) -> str:
+    return f"{1000 * seconds:.3g}" if seconds < 1 else f"{1000 * seconds:.0f}"
+
+
+def _factor(value: float) -> str:
+    return f"{value:.2f}x"
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if abs(value) >= 1e-3 or value == 0 else f"{value:.0e}"
+
+
+def _mebibytes(row: Row) -> str:
+    return "-" if row.peak_bytes is None else f"{row.peak_bytes / MIB:.0f}"
+
+
+def verdict(comparison: Comparison) -> str:
+    """One line: what is gained, and what it costs."""
+    best = max(comparison.variants, key=lambda row: row.speed.median)
+    speed = best.speed
+    if speed.median >= FASTER and speed.quantile(0.1) > 1:
+        said = (
+            f"{best.name} is {speed.median:.2f}x as fast as dense here "
+            f"({min(speed.values):.2f} to {max(speed.values):.2f})"
+        )
+    elif speed.quantile(0.9) > 1:
+        said = (
+            f"no variant is faster than dense by more than the noise; the quickest, {best.name}, "
+            f"runs at {speed.median:.2f}x ({min(speed.values):.2f} to {max(speed.values):.2f})"
+        )
+    else:
+        said = (
+            f"every variant is slower than dense here; the quickest, {best.name}, "
+            f"runs at {speed.median:.2f}x"
+        )
+    parts = [f"{said}, and changes the output by {_error(best)}"]
+    parts += _memory_words(comparison, best)
+    if comparison.attention_share is not None:
+        limit = 1 / (1 - comparison.attention_share)
+        parts.append(
+            f"attention is {comparison.attention_share:.0%} of this model's FLOPs at "
+            f"{comparison.tokens} tokens, so doing none of it would give about {limit:.2f}x"
+        )
+    if comparison.noisy:
+        parts.append("the machine was busy, so take the times with care")
+    return "; ".join(parts) + "."
+
+
+def _error(row: Row) -> str:
+    cosines = [
+        f"{name.replace('_', ' ')} {spread.median:.3f}"
+        for name, spread in row.metrics.items()
+        if name.endswith("cosine")
+    ]
+    return f"{row.metrics['relative_error'].median:.1%} ({', '.join(cosines)})"
+
+
+def _memory_words(comparison: Comparison, row: Row) -> list[str]:
+    if row.peak_bytes is None or comparison.dense.peak_bytes is None:
+        return []
+    ratio = row.peak_bytes / comparison.dense.peak_bytes
+    if comparison.memory_exceeds(row):
+        return [f"it needs {ratio - 1:.0%} more memory than dense"]
+    return [f"its peak memory is {ratio:.2f}x dense's"]
+
+
+def plot(comparison: Comparison, file: str | Path, title: str = "") -> None:
+    """Write a picture: output against dense, speed and memory, one line for each variant.
+
+    Args:
+        comparison: What to draw.
+        file: A `.png` (or any format of matplotlib's, by its ending).
+        title: What was compared.
+    """
+    from matplotlib.figure import Figure
+
+    shown = [m for m in comparison.metrics if m.name != "cosine" or len(comparison.metrics) <= 3]
+    has_memory = comparison.dense.peak_bytes is not None
+    panels = len(shown) + 1 + has_memory
+    names = [row.name for row in comparison.variants]
+    size = (2.2 + 2.7 * panels, 1.9 + 0.5 * len(names))
+    figure = Figure(figsize=size, layout="constrained", dpi=120)
+    axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
+    for axis, metric in zip(axes, shown, strict=False):
+        spreads = [row.metrics[metric.name] for row in comparison.variants]
+        if isinstance(metric, GroupMetric):
+            _draw_fractions(axis, spreads)
+        else:
+            _draw_points(axis, spreads)
+        axis.set_title(f"{metric.name.replace('_', ' ')}\n({metric.better} is closer)", fontsize=9)
+    _draw_speed(axes[len(shown)], comparison)
+    if has_memory:
+        _draw_memory(axes[-1], comparison)
+    axes[0].set_yticks(range(len(names)), names)
+    axes[0].invert_yaxis()
+    for axis in axes:
+        axis.grid(axis="x", alpha=0.3)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.tick_params(labelsize=8)
+        axis.margins(y=0.2)
+    _label(figure, comparison, title)
+    figure.savefig(file)
+
+
+def _draw_points(axis: Axes, spreads: list[Spread]) -> None:
+    """A dot for each input, and the median."""
+    for place, spread in enumerate(spreads):
+        spread_out = [place + 0.5 * (i % 7 - 3) / 7 for i in range(len(spread.values))]
+        axis.plot(spread.values, spread_out, ".", color="tab:blue", alpha=0.35, markersize=4)
+        axis.plot([spread.median] * 2, [place - 0.35, place + 0.35], color="black", linewidth=2)
+
+
+def _draw_fractions(axis: Axes, spreads: list[Spread]) -> None:
+    for place, spread in enumerate(spreads):
+        axis.barh(place, spread.mean, 0.6, color="tab:blue", alpha=0.5)
+        axis.text(0.02, place, f"{spread.mean:.0%}", va="center", fontsize=8)
+    axis.set_xlim(0, 1)
+
+
+def _draw_speed(axis: Axes, comparison: Comparison) -> None:
+    for place, row in enumerate(comparison.variants):
+        median = row.speed.median
+        color = "tab:green" if median >= FASTER else "tab:red" if median < 1 else "tab:gray"
+        whiskers = [[median - row.speed.quantile(0.1)], [row.speed.quantile(0.9) - median]]
+        axis.barh(place, median, 0.6, color=color, alpha=0.8)
+        axis.errorbar(median, place, xerr=whiskers, color="black", capsize=3)
+        axis.text(0.02, place, f"{median:.2f}x", va="center", fontsize=8)
+    axis.axvline(1, color="black", linestyle="--", linewidth=1)
+    axis.set_title("speed, dense = 1\n(10th to 90th percentile)", fontsize=9)
+
+
+def _draw_memory(axis: Axes, comparison: Comparison) -> None:
+    dense = (comparison.dense.peak_bytes or 0) / MIB
+    for place, row in enumerate(comparison.variants):
+        peak = (row.peak_bytes or 0) / MIB
+        axis.barh(place, peak, 0.6, color="tab:purple", alpha=0.6)
+        axis.text(0.02 * dense, place, f"{peak:.0f}", va="center", fontsize=8)
+    axis.axvline(dense, color="black", linestyle="--", linewidth=1)
+    axis.set_title(f"peak memory, MiB\n(dense {dense:.0f})", fontsize=9)
+
+
+def _label(figure: Figure, comparison: Comparison, title: str) -> None:
+    machine = comparison.machine
+    facts = [f"inputs {len(comparison.inputs)}"]
+    facts += [f"tokens {comparison.tokens}"] if comparison.tokens else []
+    facts += [f"rounds {comparison.rounds}", str(machine["dtype"]), str(machine["device"])]
+    facts += [f"threads {machine['threads']}"]
+    figure.suptitle(
+        f"{title or comparison.family}: patched against dense\n{', '.join(facts)}", fontsize=10
+    )
