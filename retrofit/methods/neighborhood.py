@@ -22,8 +22,7 @@ from retrofit.methods.window_sizes import (
     check_at_least_one,
     check_causal,
     check_window_settings,
-    choose_windows,
-    neighborhood_sizes,
+    choose_neighborhood,
     per_axis,
 )
 from retrofit.run_state import RunState
@@ -89,7 +88,7 @@ class NeighborhoodConfig(Method):
             size = per_axis(self.window_size)
         else:
             keep = DEFAULT_KEEP if self.keep is None else self.keep
-            size = choose_windows(grid.shape, keep, neighborhood_sizes, lambda n, w: w / n)
+            size = choose_neighborhood(grid.shape, keep)
         causal = self.is_causal
         return _Neighborhoods(
             grid=grid,

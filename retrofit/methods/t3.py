@@ -18,7 +18,7 @@ from retrofit.grid import TokenGrid, kept_pairs
 from retrofit.kernels import window_attention
 from retrofit.kernels.grid_window import branches_coincide
 from retrofit.methods.base import Method, Operator
-from retrofit.methods.window_sizes import Size, partition_fraction
+from retrofit.methods.window_sizes import Size, partition_fraction, plain_shape
 from retrofit.run_state import RunState
 from retrofit.sites import AttentionSite, Network
 
@@ -91,7 +91,7 @@ def plan_counts(shape: Size, index: int) -> Size:
 
     Numbers that divide an axis are preferred to those that leave a short last box.
     """
-    frames, height, width = shape
+    frames, height, width = plain_shape(shape)
     place = index % (len(PLANNED) + 1)
     if place == 0:
         return frames, 1, 1

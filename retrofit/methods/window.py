@@ -20,9 +20,8 @@ from retrofit.methods.window_sizes import (
     Size,
     check_causal,
     check_window_settings,
-    choose_windows,
+    choose_partition,
     partition_fraction,
-    partition_sizes,
     per_axis,
 )
 from retrofit.run_state import RunState
@@ -74,7 +73,7 @@ class WindowConfig(Method):
             size = per_axis(self.window_size)
         else:
             keep = DEFAULT_KEEP if self.keep is None else self.keep
-            size = choose_windows(grid.shape, keep, partition_sizes, partition_fraction)
+            size = choose_partition(grid.shape, keep)
         shift = (0, 0, 0)
         if self.shift and site.index % 2:
             shift = _half_windows(grid.shape, size)

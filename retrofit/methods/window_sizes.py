@@ -10,7 +10,6 @@ from retrofit.errors import UnsupportedError
 from retrofit.grid import TokenGrid
 
 Size = tuple[int, int, int]
-Fraction = Callable[[int, int], float]
 
 
 def per_axis(value: int | Size) -> Size:
@@ -64,26 +63,50 @@ def partition_fraction(length: int, window: int) -> float:
     return (whole * window**2 + rest**2) / length**2
 
 
-def partition_sizes(length: int, side: float) -> list[int]:
-    """Windows near `side` that cut an axis evenly."""
-    counts = {math.floor(length / side), math.ceil(length / side)}
-    return [-(-length // min(max(count, 1), length)) for count in sorted(counts)]
+def choose_partition(shape: Size, keep: float) -> Size:
+    """The windows nearest to a cube that cut a grid so that about `keep` of its pairs remain.
+
+    Only `keep` 1 is the whole grid: what is cut into windows keeps at most half.
+    """
+    if shape[0] == shape[1] == 1:  # a text: as many windows as 1 / keep, whatever its length
+        counts = [count for count in (int(1 / keep), math.ceil(1 / keep)) if count > 1 or keep == 1]
+        return 1, 1, -(-shape[2] // min(counts, key=lambda count: max(count * keep, 1 / count)))
+
+    def sizes(length: int, side: float) -> list[int]:
+        counts = sorted({math.floor(length / side), math.ceil(length / side)})
+        return [-(-length // min(max(count, 1), length)) for count in counts]
+
+    return _nearest(shape, keep, sizes, partition_fraction)
 
 
-def neighborhood_sizes(length: int, side: float) -> list[int]:
-    """Windows near `side` around a query."""
-    return [min(max(size, 1), length) for size in sorted({math.floor(side), math.ceil(side)})]
+def choose_neighborhood(shape: Size, keep: float) -> Size:
+    """The window around a query that is nearest to a cube and to `keep` of the grid."""
+    if shape[0] == shape[1] == 1:
+        return 1, 1, max(1, int(keep * shape[2] + 0.5))
+
+    def sizes(length: int, side: float) -> list[int]:
+        return [min(max(size, 1), length) for size in sorted({math.floor(side), math.ceil(side)})]
+
+    return _nearest(shape, keep, sizes, lambda length, window: window / length)
 
 
-def choose_windows(
-    shape: Sequence[int],
+def plain_shape(shape: Sequence[int]) -> Size:
+    """A grid's shape in plain numbers.
+
+    While a graph is traced for any size a length is a symbol, that can't be sorted; the length of a
+    range never is one, and the graph is then for this size.
+    """
+    frames, height, width = (len(range(length)) for length in shape)
+    return frames, height, width
+
+
+def _nearest(
+    shape: Size,
     keep: float,
     sizes: Callable[[int, float], list[int]],
-    fraction: Fraction,
+    fraction: Callable[[int, int], float],
 ) -> Size:
-    """The windows nearest to a cube whose pairs are nearest to `keep` of all.
-
-    All of them is the answer for `keep` 1 only: what is cut into windows keeps at most half.
+    """Of the windows next to a cube the one whose share of the pairs is nearest to `keep`.
 
     Args:
         shape: Tokens along frames, height and width.
@@ -91,6 +114,7 @@ def choose_windows(
         sizes: Windows near a length that an axis can have.
         fraction: What one window keeps of one axis's pairs.
     """
+    shape = plain_shape(shape)
     sides = _clipped_cube(shape, keep)
     choices = [sizes(length, side) for length, side in zip(shape, sides, strict=True)]
 
@@ -102,7 +126,7 @@ def choose_windows(
     return frames, height, width
 
 
-def _clipped_cube(shape: Sequence[int], keep: float) -> list[float]:
+def _clipped_cube(shape: Size, keep: float) -> list[float]:
     """Sides of a box of `keep` of the volume: equal, or the whole axis where that is shorter."""
     sides = [0.0] * len(shape)
     volume, axes = keep * math.prod(shape), len(shape)

@@ -58,6 +58,6 @@ def test_the_golden_folder_holds_cases() -> None:
     assert find_cases(root), f"no recorded cases at {root}"
 
 
-@pytest.mark.parametrize(("folder", "name"), list_items())
+@pytest.mark.parametrize(("folder", "name"), list(list_items()))
 def test_a_recorded_tensor_is_reproduced(open_case: OpenCase, folder: Path, name: str) -> None:
     open_case(folder).check(name)

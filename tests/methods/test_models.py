@@ -14,7 +14,7 @@ import retrofit
 from retrofit.errors import AlreadyPatchedError
 from retrofit.methods import Method
 from tests.methods_table import TABLE
-from tests.tiny_models import FAMILY_MODELS
+from tests.tiny_models import FAMILY_MODELS, make_bert, make_text_inputs
 
 CASES = [(name, model) for name, row in TABLE.items() for model in row.models]
 FIRST = [(name, row.models[0]) for name, row in TABLE.items()]
@@ -97,13 +97,26 @@ def test_patching_twice_raises_and_names_the_owner(name, model_name):
 
 
 @pytest.mark.parametrize(("name", "model_name"), ONE_EACH)
-def test_a_compiled_model_gives_the_eager_result(name, model_name):
+def test_a_compiled_model_gives_the_eager_result_at_any_size(name, model_name):
     row = FAMILY_MODELS[model_name]
     model = row.make_model(**SMALLER.get(model_name, {}))
-    inputs = row.make_inputs(batch=2, odd=True)
     torch._dynamo.reset()
     with patched(model, TABLE[name].config):
-        eager = call(model_name, model, inputs)
         compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-        out = call(model_name, compiled, inputs)
-    assert (out - eager).abs().max() <= 1e-5 * eager.abs().max()
+        for odd in (True, False)[: 1 if model_name in SMALLER else 2]:
+            inputs = row.make_inputs(batch=2, odd=odd)
+            eager = call(model_name, model, inputs)
+            out = call(model_name, compiled, inputs)
+            assert (out - eager).abs().max() <= 1e-5 * eager.abs().max()
+
+
+@pytest.mark.parametrize("name", ["window-keep", "neighborhood-size"])
+def test_texts_of_any_length_share_one_graph_after_the_second(name):
+    model = make_bert(num_hidden_layers=1)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad(), patched(model, TABLE[name].config):
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        for length in (64, 67, 80, 55, 91):
+            compiled(**make_text_inputs(batch=2, length=length))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2

@@ -49,6 +49,22 @@ def test_operator_matches_the_masked_dense_reference(name, grid):
         torch.testing.assert_close(out, attend_masked(call, value, masks, scale))
 
 
+@pytest.mark.parametrize("name", TABLE)
+def test_gradients_are_those_of_the_masked_dense_reference(name):
+    row = TABLE[name]
+    call = make_call(row.config, row.grids[-1])
+    masks = row.seen(row.config, call)
+    value = torch.randn(2, 2, call.grid.num_tokens, 5, dtype=torch.float64)
+    weight = torch.randn_like(value)
+    leaves = [x.clone().requires_grad_() for x in (call.query, call.key, value)]
+    call = call._replace(query=leaves[0], key=leaves[1])
+    out, reference = attend(row, call, leaves[2]), attend_masked(call, leaves[2], masks)
+    gradients = torch.autograd.grad((out * weight).sum(), leaves)
+    expected = torch.autograd.grad((reference * weight).sum(), leaves)
+    for gradient, wanted in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(gradient, wanted)
+
+
 @pytest.mark.parametrize(("name", "grid"), CASES, ids=IDS)
 def test_keep_fraction_is_the_fraction_of_the_pairs_seen(name, grid):
     row = TABLE[name]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -38,6 +39,18 @@ def weights_of(operator: Operator, grid: TokenGrid) -> Tensor:
     alike = torch.zeros(1, 1, grid.num_tokens, 1, dtype=torch.float64)
     values = torch.eye(grid.num_tokens, dtype=torch.float64)[None, None]
     return operator(alike, alike, values, attn_mask=None, is_causal=False, scale=None)
+
+
+@contextmanager
+def all_cores() -> Iterator[None]:
+    """For minutes of work: every core, unless other test processes use them."""
+    before = torch.get_num_threads()
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        torch.set_num_threads(os.cpu_count() or 1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class SeenCall(NamedTuple):
