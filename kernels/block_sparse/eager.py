@@ -1,31 +1,29 @@
-"""The fast PyTorch routes on a CPU, where waiting for a list costs nothing: no compiler needed."""
+"""The fast PyTorch route on a CPU, where waiting for a list costs nothing: no compiler needed."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
 
-from retrofit.kernels.block_sparse.lists import BlockLists, mask_from_lists
-from retrofit.kernels.block_sparse.plain import (
-    Problem,
-    attend_eagerly,
-    new_results,
-    to_blocks,
-    widen,
-)
+from retrofit.kernels.block_sparse.lists import BlockLists, count_blocks, mask_from_lists
+from retrofit.kernels.block_sparse.plain import Problem, attend_eagerly, new_results, to_blocks
 
-# Keys, values and scores of one product: what stays in a core's share of the cache.
-CHUNK_BYTES = 8 * 2**20
+# Scores of one product. Products in float32 gain nothing from size, those in bfloat16 do.
+CHUNK_BYTES = {torch.float32: 2**19, torch.bfloat16: 2**20}
 
 
-def attend_on_cpu(problem: Problem, block_mask: Tensor | BlockLists) -> tuple[Tensor, Tensor]:
-    """Attend with products per query block (float32) or per chunk of query blocks (bfloat16).
+def attend_on_cpu(
+    problem: Problem, block_mask: Tensor | BlockLists, *, with_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Gather the keys of some query blocks, then two products and a softmax.
 
     Calls with more than a mask over keys take the general chunked route. float16 is computed in
-    float32: PyTorch's products are slow in it on a CPU.
+    float32: PyTorch's products are slow in it on a CPU. In bfloat16 scores and weights are rounded.
 
     Returns:
-        Output `[B, H, S_q, D_v]` in the dtype of `value`, and log-sum-exp `[B, H, S_q]`.
+        Output `[B, H, S_q, D_v]` in the dtype of `value`, and log-sum-exp `[B, H, S_q]` or None.
     """
     p = problem
     by_row = p.attn_mask is not None and p.attn_mask.shape[2] > 1
@@ -33,23 +31,42 @@ def attend_on_cpu(problem: Problem, block_mask: Tensor | BlockLists) -> tuple[Te
     if by_row or p.is_causal or (lists is not None and lists.mask_ids is not None):
         return attend_eagerly(p, block_mask)
     if isinstance(block_mask, BlockLists):
-        kept = mask_from_lists(block_mask, p.num_key_blocks)
-    else:
-        kept = block_mask
-    kept = kept.expand(p.query.shape[0], p.query.shape[1], -1, -1)
-    if p.value.dtype == torch.bfloat16:
-        return _attend_chunks(p, kept)
-    if p.value.dtype == torch.float16:
-        out, lse = _attend_rows(widen(p), kept)
-        return out.half(), lse
-    return _attend_rows(p, kept)
+        block_mask = mask_from_lists(block_mask, p.num_key_blocks)
+    batch, heads, kv_heads = *p.query.shape[:2], p.key.shape[1]
+    kept = block_mask.expand(batch, heads, -1, -1)
+    bias = _key_bias(p)
+    out, lse = new_results(p.query, p.value)
+    for b in range(batch):
+        for kv_head in range(kv_heads):
+            keys, values = (_rows(x[b, kv_head], p.block_size[1]) for x in (p.key, p.value))
+            for h in range(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads):
+                head = _Head(
+                    query=_wide(p.query[b, h]) * p.scale,
+                    keys=keys,
+                    values=values,
+                    bias=None if bias is None else bias[b % bias.shape[0], h % bias.shape[1]],
+                    block_size=p.block_size,
+                )
+                head.attend(kept[b, h], out[b, h], lse[b, h] if with_lse else None)
+    return out, lse if with_lse else None
 
 
-def _key_bias(p: Problem, dtype: torch.dtype) -> Tensor | None:
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.float16 else x
+
+
+def _rows(x: Tensor, block: int) -> Tensor:
+    """Blocks as contiguous rows: `[n_k, block * D]`."""
+    blocks = to_blocks(_wide(x)[None, None], count_blocks(x.shape[0], block), block)
+    return blocks[0, 0].flatten(1).contiguous()
+
+
+def _key_bias(p: Problem) -> Tensor | None:
     """What is added to the scores of each key, padding included: `[B', H', n_k, block_k]`."""
     padding = -p.key.shape[2] % p.block_size[1]
     if p.attn_mask is None and not padding:
         return None
+    dtype = torch.promote_types(p.query.dtype, torch.float32)
     bias = torch.zeros(1, 1, p.key.shape[2], dtype=dtype)
     if p.attn_mask is not None:
         mask = p.attn_mask[:, :, 0]
@@ -60,111 +77,84 @@ def _key_bias(p: Problem, dtype: torch.dtype) -> Tensor | None:
     return bias.unflatten(2, (-1, p.block_size[1]))
 
 
-def _weights(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax in place where it can be, and log-sum-exp, of scores that are no longer needed."""
-    top = scores.amax(dim=-1, keepdim=True)
-    top = top.masked_fill(top == float("-inf"), 0.0)
-    weights = scores.sub_(top).exp_()
-    total = weights.sum(dim=-1, keepdim=True)
-    weights.mul_(torch.where(total == 0, total, total.reciprocal()))
-    return weights, (top + total.log()).squeeze(-1)
+class _Head:
+    """One query head; `query` is `[S_q, D]` and scaled already."""
 
+    def __init__(
+        self,
+        query: Tensor,
+        keys: Tensor,
+        values: Tensor,
+        bias: Tensor | None,
+        block_size: tuple[int, int],
+    ) -> None:
+        """Keep what the products need."""
+        self.block_q, self.block_k = block_size
+        self.len_q, self.dim = query.shape
+        self.num_q = count_blocks(self.len_q, self.block_q)
+        self.queries = to_blocks(query[None, None], self.num_q, self.block_q)[0, 0].contiguous()
+        self.keys, self.values, self.bias = keys, values, bias
+        self.dim_v = values.shape[1] // self.block_k
+        self.chunk_bytes = CHUNK_BYTES.get(query.dtype, CHUNK_BYTES[torch.float32])
+        self.rooms: dict[str, Tensor] = {}
 
-def _attend_rows(p: Problem, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """One product per query block: its keys are gathered, nothing is padded."""
-    block_q, block_k = p.block_size
-    out, lse = new_results(p.query, p.value)
-    bias = _key_bias(p, p.query.dtype)
-    group = p.query.shape[1] // p.key.shape[1]
-    for b in range(p.query.shape[0]):
-        for h in range(p.query.shape[1]):
-            keys, values = (
-                to_blocks(x[b : b + 1, h // group : h // group + 1], p.num_key_blocks, block_k)[
-                    0, 0
-                ]
-                for x in (p.key, p.value)
-            )
-            query = p.query[b, h] * p.scale
-            head_bias = None if bias is None else bias[b % bias.shape[0], h % bias.shape[1]]
-            for i, row in enumerate(kept[b, h]):
-                picked = row.nonzero().flatten()
-                part = slice(i * block_q, (i + 1) * block_q)
-                scores = query[part] @ keys[picked].flatten(0, 1).t()
-                if not picked.numel():
-                    out[b, h, part], lse[b, h, part] = 0.0, float("-inf")
-                    continue
-                if head_bias is not None:
-                    scores += head_bias[picked].flatten()
-                weights, lse[b, h, part] = _weights(scores)
-                out[b, h, part] = weights @ values[picked].flatten(0, 1)
-    return out, lse
+    def attend(self, kept: Tensor, out: Tensor, lse: Tensor | None) -> None:
+        """Fill `out` `[S_q, D_v]` and `lse` `[S_q]`; `kept` is `[n_q, n_k]`."""
+        counts = kept.sum(dim=-1).tolist()
+        listed = kept.nonzero()[:, 1]
+        made = self.queries.new_zeros(self.num_q, self.block_q, self.dim_v)
+        wide = torch.promote_types(made.dtype, torch.float32)
+        made_lse = made.new_full((self.num_q, self.block_q), float("-inf"), dtype=wide)
+        start = at = 0
+        while start < self.num_q:
+            stop, each = self._chunk_end(counts, start), counts[start]
+            if each:
+                picked = listed[at : at + each * (stop - start)]
+                scores = self._attend_chunk(start, stop, picked, made[start:stop])
+                if lse is not None:
+                    made_lse[start:stop] = scores.to(wide).logsumexp(dim=-1)
+            start, at = stop, at + each * (stop - start)
+        out.copy_(made.flatten(0, 1)[: self.len_q])
+        if lse is not None:
+            lse.copy_(made_lse.flatten()[: self.len_q])
 
+    def _chunk_end(self, counts: list[int], start: int) -> int:
+        """Where a chunk that begins at `start` ends: rows of one length that fit."""
+        block_bytes = self.block_q * self.block_k * self.queries.element_size()
+        room = max(1, self.chunk_bytes // max(1, counts[start] * block_bytes))
+        stop = start + 1
+        while stop < len(counts) and stop - start < room and counts[stop] == counts[start]:
+            stop += 1
+        return stop
 
-def _attend_chunks(p: Problem, kept: Tensor) -> tuple[Tensor, Tensor]:
-    """Batched products over some query blocks of a head, rows padded to the longest of them."""
-    block_q, block_k = p.block_size
-    out, lse = new_results(p.query, p.value)
-    bias = _key_bias(p, torch.float32)
-    group = p.query.shape[1] // p.key.shape[1]
-    counts = kept.sum(dim=-1)
-    order = torch.sort(kept.to(torch.int8), dim=-1, descending=True, stable=True).indices
-    for b in range(p.query.shape[0]):
-        for h in range(p.query.shape[1]):
-            keys, values = (
-                to_blocks(x[b : b + 1, h // group : h // group + 1], p.num_key_blocks, block_k)[
-                    0, 0
-                ]
-                for x in (p.key, p.value)
-            )
-            query = to_blocks(p.query[b : b + 1, h : h + 1], p.num_query_blocks, block_q)[0, 0]
-            head_bias = None if bias is None else bias[b % bias.shape[0], h % bias.shape[1]]
-            start = 0
-            while start < p.num_query_blocks:
-                stop, longest = _chunk_end(counts[b, h], start, p.block_size)
-                picked = order[b, h, start:stop, :longest]
-                shown = torch.arange(longest) < counts[b, h, start:stop, None]
-                result = _attend_chunk(
-                    query[start:stop], keys, values, picked, shown, head_bias, p.scale
-                )
-                part = slice(start * block_q, stop * block_q)
-                length = out[b, h, part].shape[0]
-                out[b, h, part] = result[0].flatten(0, 1)[:length]
-                lse[b, h, part] = result[1].flatten(0, 1)[:length]
-                start = stop
-    return out, lse
+    def _attend_chunk(self, start: int, stop: int, picked: Tensor, out: Tensor) -> Tensor:
+        """Fill `out` for some query blocks, each with as many of the blocks in `picked`.
 
+        Returns:
+            Scores `[stop - start, block_q, width]`.
+        """
+        count, width = stop - start, picked.numel() // (stop - start) * self.block_k
+        keys = self._room("gathered", picked.numel(), self.block_k * self.dim)
+        torch.index_select(self.keys, 0, picked, out=keys)
+        scores = self._room("scores", count, self.block_q, width)
+        keys_t = keys.view(count, width, self.dim).transpose(1, 2)
+        torch.bmm(self.queries[start:stop], keys_t, out=scores)
+        if self.bias is not None:
+            scores = scores + self.bias[picked].view(count, 1, width)
+        weights = self._room("weights", count, self.block_q, width)
+        torch.softmax(scores, dim=-1, dtype=weights.dtype, out=weights)
+        if self.bias is not None:  # a row of -inf has no softmax
+            sees_none = scores.amax(dim=-1, keepdim=True) == float("-inf")
+            weights.masked_fill_(sees_none, 0.0)
+        values = self._room("gathered", picked.numel(), self.block_k * self.dim_v)
+        torch.index_select(self.values, 0, picked, out=values)
+        torch.bmm(weights, values.view(count, width, self.dim_v), out=out)
+        return scores
 
-def _chunk_end(counts: Tensor, start: int, block_size: tuple[int, int]) -> tuple[int, int]:
-    """Where a chunk that begins at `start` ends, and its longest row."""
-    longest, stop = 0, start
-    block_bytes = 4 * block_size[0] * block_size[1]
-    for count in counts[start:].tolist():
-        wider = max(longest, count)
-        if stop > start and wider * (stop + 1 - start) * block_bytes > CHUNK_BYTES:
-            break
-        longest, stop = wider, stop + 1
-    return stop, longest
-
-
-def _attend_chunk(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    picked: Tensor,
-    shown: Tensor,
-    bias: Tensor | None,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """Query blocks `[c, block_q, D]` over key blocks `picked` `[c, longest]` where `shown`."""
-    count, longest = picked.shape
-    if not longest:
-        empty = query.new_zeros(*query.shape[:2], values.shape[2])
-        return empty, query.new_full(query.shape[:2], float("-inf"), dtype=torch.float32)
-    scores = torch.bmm(query, keys[picked].flatten(1, 2).transpose(1, 2)).float().mul_(scale)
-    if bias is not None:
-        scores += bias[picked].flatten(1).unsqueeze(1)
-    if not bool(shown.all()):
-        hidden = (~shown).repeat_interleave(keys.shape[1], dim=1)
-        scores.masked_fill_(hidden.unsqueeze(1), float("-inf"))
-    weights, lse = _weights(scores)
-    return torch.bmm(weights.to(values.dtype), values[picked].flatten(1, 2)), lse
+    def _room(self, name: str, *sizes: int) -> Tensor:
+        """Memory that is used again: fresh pages would cost as much as what is written there."""
+        size = math.prod(sizes)
+        room = self.rooms.get(name)
+        if room is None or room.numel() < size:
+            room = self.rooms[name] = self.queries.new_empty(size)
+        return room[:size].view(sizes)

@@ -538,7 +538,8 @@ NOINLINE void raise_maxima(Tile *t, const vf *scores, float factor, int first, i
         float top = best[0];
         for (int i = 1; i < VL; i++) top = best[i] > top ? best[i] : top;
         if (!(top > t->limits[r])) continue;
-        float maximum = top * factor, shrink = exp2f(t->maxima[r] - maximum);
+        float maximum = top * factor;
+        float shrink = t->maxima[r] > -FLT_MAX ? exp2f(t->maxima[r] - maximum) : 0; /* else slow */
         t->maxima[r] = maximum;
         t->limits[r] = (maximum + LAZY) / factor;
         *(vf *)(t->sums + r * VL) *= splat(shrink);

@@ -99,11 +99,13 @@ def softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
     Weights are divided by their sum, not made from the log-sum-exp, in which a row of very low
     scores (masks add the lowest finite number) loses the logarithm of its length.
     """
-    top = scores.amax(dim=-1, keepdim=True)
-    weights = (scores - top.masked_fill(top == float("-inf"), 0.0)).exp()
-    total = weights.sum(dim=-1, keepdim=True)
-    lse = (top + total.log()).squeeze(-1)
-    return weights / total.masked_fill(total == 0, 1.0), lse
+    top = scores.amax(dim=-1, keepdim=True).detach()
+    sees_none = top == float("-inf")
+    top = top.masked_fill(sees_none, 0.0)
+    weights = (scores - top).exp()
+    total = weights.sum(dim=-1, keepdim=True).masked_fill(sees_none, 1.0)
+    lse = (top + total.log()).masked_fill(sees_none, float("-inf"))
+    return weights / total, lse.squeeze(-1)
 
 
 def _apply_mask(scores: Tensor, mask: Tensor) -> Tensor:
@@ -231,10 +233,14 @@ def _attend_gathered(
 
 
 def attend_eagerly(problem: Problem, block_mask: Tensor | BlockLists) -> tuple[Tensor, Tensor]:
-    """`attend_plain` where waiting for the device is fine: only what is listed is computed."""
+    """`attend_plain` where waiting for the device is fine: only what is listed is computed.
+
+    Results have the layout of `new_results`.
+    """
     wide = widen(problem)
-    out, lse = _attend_gathered(wide, exact_lists(block_mask), is_exact=True)
-    return out.to(problem.value.dtype), lse
+    made, made_lse = _attend_gathered(wide, exact_lists(block_mask), is_exact=True)
+    out, lse = new_results(problem.query, problem.value)
+    return out.copy_(made), lse.copy_(made_lse)
 
 
 def to_blocks(x: Tensor, num_blocks: int, block: int) -> Tensor:
