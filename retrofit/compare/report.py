@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from retrofit.compare.measure import Spread
 from retrofit.compare.metrics import GroupMetric, Metric
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MIB = 2**20
+COLORS = {"faster": "tab:green", "slower": "tab:red", "alike": "tab:gray"}
 FASTER = 1.02  # below this factor a difference in speed is not called one
 
 
@@ -126,12 +127,13 @@ def verdict(comparison: Comparison) -> str:
     """One line: what is gained, and what it costs."""
     best = max(comparison.variants, key=lambda row: row.speed.median)
     speed = best.speed
-    if speed.median >= FASTER and speed.quantile(0.1) > 1:
+    judged = _judge(speed)
+    if judged == "faster":
         said = (
             f"{best.name} is {speed.median:.2f}x as fast as dense here "
             f"({min(speed.values):.2f} to {max(speed.values):.2f})"
         )
-    elif speed.quantile(0.9) > 1:
+    elif judged == "alike":
         said = (
             f"no variant is faster than dense by more than the noise; the quickest, {best.name}, "
             f"runs at {speed.median:.2f}x ({min(speed.values):.2f} to {max(speed.values):.2f})"
@@ -152,6 +154,13 @@ def verdict(comparison: Comparison) -> str:
     if comparison.noisy:
         parts.append("the machine was busy, so take the times with care")
     return "; ".join(parts) + "."
+
+
+def _judge(speed: Spread) -> Literal["faster", "slower", "alike"]:
+    """What may be said of a speed: nine in ten measurements must agree."""
+    if speed.median >= FASTER and speed.quantile(0.1) > 1:
+        return "faster"
+    return "slower" if speed.quantile(0.9) < 1 else "alike"
 
 
 def _error(row: Row) -> str:
@@ -205,7 +214,7 @@ def plot(comparison: Comparison, file: str | Path, title: str = "") -> None:
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
         axis.tick_params(labelsize=8)
-        axis.margins(y=0.2)
+        axis.margins(y=0.1)
     _label(figure, comparison, title)
     figure.savefig(file)
 
@@ -228,7 +237,7 @@ def _draw_fractions(axis: Axes, spreads: list[Spread]) -> None:
 def _draw_speed(axis: Axes, comparison: Comparison) -> None:
     for place, row in enumerate(comparison.variants):
         median = row.speed.median
-        color = "tab:green" if median >= FASTER else "tab:red" if median < 1 else "tab:gray"
+        color = COLORS[_judge(row.speed)]
         whiskers = [[median - row.speed.quantile(0.1)], [row.speed.quantile(0.9) - median]]
         axis.barh(place, median, 0.6, color=color, alpha=0.8)
         axis.errorbar(median, place, xerr=whiskers, color="black", capsize=3)
