@@ -1,35 +1,37 @@
-"""Which route runs a call, decided from data, with the reason why each other was refused."""
+"""What each backend says to a call, and how it is run."""
 
 from __future__ import annotations
 
-import os
-
+import torch
 from torch import Tensor
 
 from retrofit.errors import UnsupportedError
+from retrofit.kernels._dispatch import OPERATORS, Probe, Support, choose_backend, forced_backend
 
+from .axes import WindowAxis
 from .native import native_attention, native_supports
 from .pattern import Pattern
 from .tiled import tiled_attention
 
-BACKENDS = ("native", "torch", "reference")
-Support = tuple[bool, str]
+NEIGHBORHOOD, WINDOW = "neighborhood_attention", "window_attention"
 
 
-def supports(
-    backend: str, q: Tensor, v: Tensor, pattern: Pattern, attn_mask: Tensor | None
-) -> Support:
-    """Whether a backend can run a call, and the reason if not."""
-    if backend == "native":
-        return native_supports(q, v, pattern, attn_mask)
-    return True, ""
+def answers(probe: Probe) -> dict[str, Support]:
+    """Whether each backend can run a call, in order of preference, and the reason if not."""
+    return {
+        "native": native_supports(probe.device, probe.dtype, probe.num_tokens),
+        "torch": (True, ""),
+        "reference": (True, ""),  # in the open, before the operator is reached
+    }
 
 
-def choose_backend(q: Tensor, v: Tensor, pattern: Pattern, attn_mask: Tensor | None) -> str:
-    """First backend that can run a call; `RETROFIT_BACKEND` goes before."""
-    wanted = os.environ.get("RETROFIT_BACKEND", "")
-    order = [wanted, *BACKENDS] if wanted in BACKENDS else list(BACKENDS)
-    return next(name for name in order if supports(name, q, v, pattern, attn_mask)[0])
+OPERATORS[NEIGHBORHOOD] = answers
+OPERATORS[WINDOW] = answers
+
+
+def operator_of(pattern: Pattern) -> str:
+    """The public function that a pattern belongs to."""
+    return WINDOW if isinstance(pattern.axes[0], WindowAxis) else NEIGHBORHOOD
 
 
 def run_backend(
@@ -48,16 +50,26 @@ def run_backend(
     Raises:
         UnsupportedError: If a named backend can't run the call.
     """
-    name = backend or choose_backend(q, v, pattern, attn_mask)
-    can_run, reason = supports(name, q, v, pattern, attn_mask)
-    if not can_run:
-        raise UnsupportedError(
-            f"grid window, backend {name!r}: expected a call that it can run, got one with "
-            f"{reason}. Leave `backend` out."
-        )
+    operator = operator_of(pattern)
+    probe = Probe(
+        device=q.device.type,
+        dtype=q.dtype,
+        head_dim=q.shape[3],
+        num_tokens=q.shape[2],
+        is_strided=any(x.stride(3) != 1 for x in (q, k, v)),
+    )
+    name = choose_backend(operator, probe, backend)
+    if name == "native" and attn_mask is not None and attn_mask.shape[2] != 1:
+        if forced_backend(operator, backend):
+            raise UnsupportedError(
+                f"{operator}: expected {name} to run this call, got a refusal (an attn_mask that "
+                "differs between queries). Leave `backend` out and RETROFIT_BACKEND unset."
+            )
+        name = "torch"
     if name == "native":
         return native_attention(q, k, v, pattern, attn_mask, shift, scale, with_lse)
     tables = pattern.tables(q.device, shift)
-    return tiled_attention(
-        q, k, v, pattern.grid, tables, attn_mask=attn_mask, scale=scale, with_lse=with_lse
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return tiled_attention(
+            q, k, v, pattern.grid, tables, attn_mask=attn_mask, scale=scale, with_lse=with_lse
+        )

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retrofit.errors import ConfigError, suggest
 from retrofit.grid import TokenGrid
+from retrofit.kernels._dispatch import forced_backend
 
 from .arguments import (
     align_dtypes,
@@ -22,7 +22,7 @@ from .arguments import (
     per_axis,
 )
 from .axes import NeighborhoodAxis, WindowAxis
-from .backends import BACKENDS
+from .backends import NEIGHBORHOOD, WINDOW
 from .ops import grid_window
 from .pattern import Pattern
 from .reference import masked_attention, neighborhood_mask, window_mask
@@ -70,8 +70,9 @@ def neighborhood_attention(
         attn_mask: bool (True is seen) or added to the scores; broadcasts to `[B, H, S, S]`.
         scale: Factor of the scores, `1 / sqrt(D)` by default.
         return_lse: Also return the natural log-sum-exp of the scaled scores.
-        backend: `native`, `torch` (no operator of ours in a traced graph) or `reference`; None
-            picks one.
+        backend: `native`, `torch` or `reference`; None takes `RETROFIT_BACKEND`, else the first
+            that can run the call. `torch` leaves no operator of ours in a traced graph, so that
+            an exported program loads without retrofit.
 
     Returns:
         Output `[B, H, S, D_v]`, or `(output, lse)` with lse float32 `[B, H, S]`. A query that sees
@@ -79,15 +80,16 @@ def neighborhood_attention(
 
     Raises:
         GridError: If a sequence does not have the grid's length.
-        ConfigError: If shapes or settings do not fit.
+        ConfigError: If shapes, settings or the backend's name do not fit.
+        UnsupportedError: If the backend that was asked for can't run the call.
     """
     layout = as_grid(grid, num_prefix_tokens, num_suffix_tokens)
     axes = check_neighborhood(layout, window_size, stride, dilation, is_causal)
     check_tensors(layout, query, key, value)
-    _check_backend(backend)
+    name = forced_backend(NEIGHBORHOOD, backend) or ""
     q, k, v = align_dtypes(query, key, value)
     mask = as_four_dims(attn_mask, q)
-    if backend == "reference":
+    if name == "reference":
         seen = neighborhood_mask(
             layout,
             window_size,
@@ -97,7 +99,7 @@ def neighborhood_attention(
         )
         return _result(masked_attention(q, k, v, seen, attn_mask=mask, scale=scale), return_lse)
     t, y, x = [NeighborhoodAxis(*axis) for axis in axes]
-    return _run(q, k, v, Pattern(layout, (t, y, x)), mask, None, scale, return_lse, backend)
+    return _run(q, k, v, Pattern(layout, (t, y, x)), mask, None, scale, return_lse, name)
 
 
 def window_attention(
@@ -140,8 +142,9 @@ def window_attention(
         is_causal: Whether a query sees no key after it on an axis; one value or one per axis.
         scale: Factor of the scores, `1 / sqrt(D)` by default.
         return_lse: Also return the natural log-sum-exp of the scaled scores.
-        backend: `native`, `torch` (no operator of ours in a traced graph) or `reference`; None
-            picks one.
+        backend: `native`, `torch` or `reference`; None takes `RETROFIT_BACKEND`, else the first
+            that can run the call. `torch` leaves no operator of ours in a traced graph, so that
+            an exported program loads without retrofit.
 
     Returns:
         Output `[B, H, S, D_v]`, or `(output, lse)` with lse float32 `[B, H, S]`. A query that sees
@@ -149,15 +152,16 @@ def window_attention(
 
     Raises:
         GridError: If a sequence does not have the grid's length.
-        ConfigError: If shapes or settings do not fit.
+        ConfigError: If shapes, settings or the backend's name do not fit.
+        UnsupportedError: If the backend that was asked for can't run the call.
     """
     layout = as_grid(grid, num_prefix_tokens, num_suffix_tokens)
     axes = check_window(layout, window_size, shift, is_causal)
     check_tensors(layout, query, key, value)
-    _check_backend(backend)
+    name = forced_backend(WINDOW, backend) or ""
     q, k, v = align_dtypes(query, key, value)
     mask = as_four_dims(attn_mask, q)
-    if backend == "reference":
+    if name == "reference":
         seen = window_mask(
             layout,
             window_size,
@@ -172,7 +176,7 @@ def window_attention(
     else:
         offsets = None
         t, y, x = [WindowAxis(n, w, s, strided, c) for n, w, s, c in axes]
-    return _run(q, k, v, Pattern(layout, (t, y, x)), mask, offsets, scale, return_lse, backend)
+    return _run(q, k, v, Pattern(layout, (t, y, x)), mask, offsets, scale, return_lse, name)
 
 
 def branches_coincide(grid: TokenGrid | Sequence[int], window_size: PerAxis) -> bool:
@@ -184,13 +188,6 @@ def branches_coincide(grid: TokenGrid | Sequence[int], window_size: PerAxis) -> 
     windows = per_axis("window_size", window_size)
     pairs = zip(layout.shape, windows, strict=True)
     return all(window >= length or window == 1 for length, window in pairs)
-
-
-def _check_backend(backend: str | None) -> None:
-    if backend is not None and backend not in BACKENDS:
-        raise ConfigError(
-            f"backend: expected None or a known name, got {backend!r}. {suggest(backend, BACKENDS)}"
-        )
 
 
 def _result(pair: tuple[Tensor, Tensor | None], return_lse: bool) -> Any:
@@ -206,11 +203,13 @@ def _run(
     shift: Tensor | None,
     scale: float | None,
     return_lse: bool,
-    backend: str | None,
+    backend: str,
 ) -> Any:
-    """Run the operator, or its PyTorch route in the open where that was asked for or is needed."""
-    learned = attn_mask is not None and attn_mask.requires_grad and torch.is_grad_enabled()
-    if not return_lse and pattern.is_dense and (learned or backend != "native"):
+    """Run the operator, or PyTorch operations in the open where that is asked for or needed."""
+    needs_grad = torch.is_grad_enabled()
+    learned = needs_grad and attn_mask is not None and attn_mask.requires_grad
+    in_the_open = learned or (backend == "torch" and torch.compiler.is_compiling())
+    if pattern.is_dense and not return_lse and (in_the_open or q.device.type != "cpu"):
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(q.dtype)
         gqa = q.shape[1] != k.shape[1]
@@ -218,14 +217,14 @@ def _run(
             q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=gqa
         )
     factor = q.shape[-1] ** -0.5 if scale is None else scale
-    if backend == "torch" or learned:
+    if in_the_open:
         tables = pattern.tables(q.device, shift)
         pair = tiled_attention(
             q, k, v, pattern.grid, tables, attn_mask=attn_mask, scale=factor, with_lse=return_lse
         )
         return _result(pair, return_lse)
-    needs_grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    needs_grad = needs_grad and (q.requires_grad or k.requires_grad or v.requires_grad)
     grid, axes = pattern.encode()
     with_lse = return_lse or needs_grad
-    pair = grid_window(q, k, v, attn_mask, shift, grid, axes, factor, with_lse, backend or "")
+    pair = grid_window(q, k, v, attn_mask, shift, grid, axes, factor, with_lse, backend)
     return _result(pair, return_lse)

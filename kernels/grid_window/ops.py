@@ -74,9 +74,10 @@ def grid_window_backward(
     """Gradients of `q`, `k` and `v`, through the PyTorch route on every device."""
     pattern = Pattern.decode(grid, axes)
     tables = pattern.tables(q.device, shift)
-    return tiled_backward(
-        dout, dlse, q, k, v, out, lse, pattern.grid, tables, attn_mask=attn_mask, scale=scale
-    )
+    with torch.autocast(q.device.type, enabled=False):
+        return tiled_backward(
+            dout, dlse, q, k, v, out, lse, pattern.grid, tables, attn_mask=attn_mask, scale=scale
+        )
 
 
 @grid_window_backward.register_fake

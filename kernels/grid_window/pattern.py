@@ -13,7 +13,7 @@ from retrofit.grid import TokenGrid
 
 from .arguments import Size
 from .axes import Axis, AxisTables, NeighborhoodAxis, WindowAxis
-from .tiles import GATHER_COST, TileCost, choose_tile, order_axes
+from .tiles import GATHER_COST, NATIVE_COST, grow_tile, order_axes, search_tile
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,16 @@ class Pattern:
         self,
         device: torch.device | str | None = None,
         shift: Tensor | None = None,
-        cost: TileCost = GATHER_COST,
+        tile: Size | None = None,
     ) -> list[AxisTables]:
-        """Tables of the three axes; `shift` (int64 `[3]`) replaces the shifts of the settings."""
-        tile = self.tile(cost)
+        """Tables of the three axes.
+
+        Args:
+            device: Where the tables live.
+            shift: int64 `[3]`, in place of the shifts of the settings.
+            tile: Queries per tile on each axis; by default what suits gathering.
+        """
+        tile = tile or self.gather_tile()
         tables = []
         for i, axis in enumerate(self.axes):
             if isinstance(axis, NeighborhoodAxis):
@@ -49,13 +55,25 @@ class Pattern:
                 tables.append(axis.tables(device, None if shift is None else shift[i]))
         return tables
 
-    def tile(self, cost: TileCost) -> Size:
-        """Queries per tile on each axis."""
+    def gather_tile(self) -> Size:
+        """Queries per tile on each axis where keys are gathered and none is skipped."""
+        if isinstance(self.axes[0], WindowAxis):
+            return self.windows()
+        return grow_tile(self.neighborhoods(), self.order, GATHER_COST)
+
+    def native_tile(self) -> Size:
+        """Queries per tile on each axis for the native kernel."""
+        if isinstance(self.axes[0], WindowAxis):
+            return self.windows()
+        return search_tile(self.neighborhoods(), self.order, NATIVE_COST)
+
+    def neighborhoods(self) -> list[NeighborhoodAxis]:
+        """The axes of a neighborhood."""
+        return [axis for axis in self.axes if isinstance(axis, NeighborhoodAxis)]
+
+    def windows(self) -> Size:
+        """Window size on each axis."""
         t, y, x = self.axes
-        if isinstance(t, NeighborhoodAxis):
-            assert isinstance(y, NeighborhoodAxis)
-            assert isinstance(x, NeighborhoodAxis)
-            return choose_tile((t, y, x), self.order, cost)
         return t.window_size, y.window_size, x.window_size
 
     def count_pairs(self) -> int:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from .arguments import Size
@@ -18,18 +19,20 @@ class TileCost(NamedTuple):
     Attributes:
         per_key: For bringing one key of a tile near, whatever the number of rows.
         per_row: For one row of a tile, whatever the number of keys.
-        skip: Hidden keys in a row that are needed to skip any; 0 if all keys of a tile are paid.
+        run: Hidden keys in a row at which skipping begins to pay; 0 if none are skipped.
         max_rows: Largest tile.
     """
 
     per_key: int
     per_row: int
-    skip: int
+    run: int
     max_rows: int
 
 
-GATHER_COST = TileCost(per_key=32, per_row=32, skip=0, max_rows=512)
-NATIVE_COST = TileCost(per_key=10, per_row=24, skip=32, max_rows=1024)
+GATHER_COST = TileCost(per_key=32, per_row=32, run=0, max_rows=512)
+# measured with 64 channels: windows of 64 to 4096 tokens, and tiles of the 21 x 24 x 40 preset
+NATIVE_COST = TileCost(per_key=60, per_row=30, run=16, max_rows=504)
+SKIPPED = 0.05  # of a pair, for looking at a hidden one
 
 
 def order_axes(is_whole: Sequence[bool]) -> Size:
@@ -57,46 +60,44 @@ def estimate_time(
     keys, seen = 1, 1.0  # keys of a tile, and keys paid per row
     for i in reversed(order):
         span, window = axes[i].span(tile[i]), min(axes[i].window_size, axes[i].longest)
-        hidden = (span - window) * (min(1.0, cost.skip / keys) if cost.skip else 1.0)
-        seen *= window + hidden
+        paid = max(min(1.0, cost.run / keys), SKIPPED) if cost.run else 1.0
+        seen *= window + (span - window) * paid
         keys *= span
     return tiles * (rows * (seen + cost.per_row) + cost.per_key * keys)
 
 
-def choose_tile(axes: Sequence[NeighborhoodAxis], order: Size, cost: TileCost) -> Size:
-    """Tile of least estimated time, found by growing one axis at a time.
+def search_tile(axes: Sequence[NeighborhoodAxis], order: Size, cost: TileCost) -> Size:
+    """Tile of least estimated time among all of at most `max_rows` rows."""
+    smallest, *others = itertools.product(*[axis_tiles(axis) for axis in axes])
+    best, least = smallest, estimate_time(axes, smallest, order, cost)
+    for tile in others:
+        if math.prod(tile) <= cost.max_rows:
+            time = estimate_time(axes, tile, order, cost)
+            if time < least:
+                best, least = tile, time
+    return best[0], best[1], best[2]
+
+
+def grow_tile(axes: Sequence[NeighborhoodAxis], order: Size, cost: TileCost) -> Size:
+    """Tile of small estimated time, found by growing one axis at a time.
 
     Greedy, so that a compiler that traces it has a few dozen steps to follow.
     """
     choices = [axis_tiles(axis) for axis in axes]
-
-    def time(picks: Sequence[int]) -> float:
-        tile = [sizes[pick] for sizes, pick in zip(choices, picks, strict=True)]
-        return estimate_time(axes, tile, order, cost)
-
-    picks = _descend([len(sizes) for sizes in choices], time, choices, cost.max_rows)
-    return choices[0][picks[0]], choices[1][picks[1]], choices[2][picks[2]]
-
-
-def _descend(
-    counts: list[int],
-    time: Callable[[Sequence[int]], float],
-    choices: list[list[int]],
-    max_rows: int,
-) -> list[int]:
     picks = [0, 0, 0]
-    least = time(picks)
+    least: float | None = None
     while True:
         best = picks
-        for i in range(3):
+        for i in range(-1, 3):
             trial = [pick + (i == j) for j, pick in enumerate(picks)]
-            if trial[i] == counts[i]:
+            if i >= 0 and trial[i] == len(choices[i]):
                 continue
-            if math.prod([sizes[p] for sizes, p in zip(choices, trial, strict=True)]) > max_rows:
+            tile = [sizes[pick] for sizes, pick in zip(choices, trial, strict=True)]
+            if i >= 0 and math.prod(tile) > cost.max_rows:
                 continue
-            trial_time = time(trial)
-            if trial_time < least:
-                least, best = trial_time, trial
+            time = estimate_time(axes, tile, order, cost)
+            if least is None or time < least:
+                least, best = time, trial
         if best is picks:
-            return picks
+            return choices[0][picks[0]], choices[1][picks[1]], choices[2][picks[2]]
         picks = best

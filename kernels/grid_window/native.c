@@ -1,0 +1,566 @@
+/* Attention in windows of a token grid on a CPU, tokens addressed in place.
+ *
+ * The arithmetic is that of block_sparse/native.c. Here the rows and keys of a tile are products of
+ * three short axis tables: a work item takes some rows of a tile, packs the keys of the tile GROUP at
+ * a time, and runs tiles of MR rows over the panels that one of them sees. Nothing is permuted or
+ * gathered outside of a thread's scratch memory.
+ */
+
+#include "../block_sparse/native.c"
+
+/* Mirrored by ctypes in native.py. Axes are ordered slowest first; strides count elements. */
+typedef struct {
+    const void *query, *key, *value;
+    void *out;
+    float *lse;          /* [B, H, S] contiguous, or NULL */
+    const uint8_t *seen; /* key mask, 0 where hidden, or NULL */
+    const float *bias;   /* added to the scores of a key, or NULL */
+    int64_t q_stride[4], k_stride[4], v_stride[4], o_stride[4];
+    int64_t mask_stride[3];      /* of seen or bias: batch, head, token */
+    const int32_t *queries[3];   /* position of a query slot, [num_tiles, tile] */
+    const int32_t *keys[3];      /* position of a key slot, [num_tiles, span] */
+    const int32_t *low[3];       /* first key slot that a query slot sees, [num_tiles, tile] */
+    const int32_t *high[3];      /* one past the last */
+    const int32_t *num_queries[3], *num_keys[3]; /* used slots, [num_tiles] */
+    const int32_t *axis[3];      /* position of a coordinate, [length] */
+    const int32_t *special;      /* positions of the tokens outside of the grid */
+    int32_t masked[3];           /* whether low and high matter */
+    int32_t num_tiles[3], tile[3], span[3], length[3];
+    int32_t num_special, seq_len, batch, heads, kv_heads, dim, dim_v;
+    int32_t rows_per_item; /* of one head */
+    int32_t dtype, threads;
+    float scale;
+    int64_t *pairs; /* where to count the query-key pairs that were computed, or NULL */
+} WindowCall;
+
+typedef struct {
+    const WindowCall *call;
+    /* what the arithmetic needs to know, with the strides of copied keys and of keys in place */
+    Call gathered, in_place;
+    Job job, in_place_job;
+    int32_t items_per_tile, special_items, items;
+    _Atomic int32_t next;
+    _Atomic int64_t pairs;
+} WindowJob;
+
+#define WORDS (GROUP / 64)
+
+typedef struct {
+    Scratch s;
+    char *base, *keys, *values, *copied_k, *copied_v;
+    int32_t *row_position;
+    int32_t *row_slot[3];
+    uint64_t *words[3]; /* which keys of the group a query slot sees, [tile, WORDS] */
+    uint64_t *before;   /* [longest span + 1, WORDS] */
+    int64_t pairs;
+} WindowScratch;
+
+typedef struct {
+    int32_t tile[3], batch, kv_head, first, rows; /* first: query slot of the tile */
+    int is_special;
+    int32_t extent[3];
+    int32_t first_slot[3], last_slot[3]; /* query slots of the rows, per axis */
+    int64_t num_keys;
+} WindowItem;
+
+/* Keys of a group. */
+typedef struct {
+    int count, panels;
+    int is_whole; /* every row of the item sees all lanes of all panels */
+    int32_t position[GROUP];
+    int32_t slot[3][GROUP]; /* per axis; -1 for special tokens */
+    uint64_t visible[WORDS]; /* keys that exist and that the key mask of the head lets through */
+    float bias[GROUP] __attribute__((aligned(64)));
+} KeyGroup;
+
+/* ---- what an item works on -------------------------------------------------------------------- */
+
+static int locate_item(const WindowJob *w, int32_t index, WindowItem *item) {
+    const WindowCall *c = w->call;
+    memset(item, 0, sizeof *item);
+    int32_t per_item = c->rows_per_item, heads = c->batch * c->kv_heads;
+    int64_t total;
+    item->is_special = index < w->special_items * heads; /* they see most: first in line */
+    if (item->is_special) {
+        item->first = index % w->special_items * per_item;
+        index /= w->special_items;
+        total = c->num_special;
+        for (int a = 0; a < 3; a++) item->extent[a] = c->length[a];
+    } else {
+        index -= w->special_items * heads;
+        item->first = index % w->items_per_tile * per_item;
+        index /= w->items_per_tile;
+        total = 1;
+        for (int a = 2; a >= 0; a--) {
+            item->tile[a] = index % c->num_tiles[a];
+            index /= c->num_tiles[a];
+            item->extent[a] = c->num_keys[a][item->tile[a]];
+            total *= c->num_queries[a][item->tile[a]];
+        }
+    }
+    item->kv_head = index % c->kv_heads;
+    item->batch = index / c->kv_heads;
+    item->rows = (int32_t)(total - item->first < per_item ? total - item->first : per_item);
+    item->num_keys = (int64_t)item->extent[0] * item->extent[1] * item->extent[2];
+    return item->rows > 0;
+}
+
+typedef struct {
+    int32_t slot[3];
+} Slots;
+
+static Slots slots_at(int64_t index, const int32_t extent[3]) {
+    int64_t rest = index / extent[2];
+    return (Slots){{(int32_t)(rest / extent[1]), (int32_t)(rest % extent[1]),
+                    (int32_t)(index % extent[2])}};
+}
+
+INLINE void next_slot(Slots *at, const int32_t extent[3]) {
+    if (++at->slot[2] < extent[2]) return;
+    at->slot[2] = 0;
+    if (++at->slot[1] < extent[1]) return;
+    at->slot[1] = 0;
+    at->slot[0]++;
+}
+
+static void find_rows(const WindowCall *c, WindowItem *item, WindowScratch *s) {
+    if (item->is_special) {
+        memcpy(s->row_position, c->special + item->first, 4 * (size_t)item->rows);
+        return;
+    }
+    const int32_t *axis[3];
+    int32_t extent[3];
+    for (int a = 0; a < 3; a++) {
+        axis[a] = c->queries[a] + (int64_t)item->tile[a] * c->tile[a];
+        extent[a] = c->num_queries[a][item->tile[a]];
+        item->first_slot[a] = INT32_MAX;
+    }
+    Slots at = slots_at(item->first, extent);
+    for (int32_t i = 0; i < item->rows; i++) {
+        s->row_position[i] = axis[0][at.slot[0]] + axis[1][at.slot[1]] + axis[2][at.slot[2]];
+        for (int a = 0; a < 3; a++) {
+            s->row_slot[a][i] = at.slot[a];
+            if (at.slot[a] < item->first_slot[a]) item->first_slot[a] = at.slot[a];
+            if (at.slot[a] > item->last_slot[a]) item->last_slot[a] = at.slot[a];
+        }
+        next_slot(&at, extent);
+    }
+}
+
+/* Positions and slots of the keys from `first` on. */
+static void find_keys(const WindowCall *c, const WindowItem *item, int64_t first, KeyGroup *g) {
+    int64_t left = item->num_keys + c->num_special - first;
+    g->count = (int)(left < GROUP ? left : GROUP);
+    g->panels = (g->count + VL - 1) / VL;
+    const int32_t *axis[3];
+    for (int a = 0; a < 3; a++)
+        axis[a] = item->is_special ? c->axis[a] : c->keys[a] + (int64_t)item->tile[a] * c->span[a];
+    Slots at = slots_at(first, item->extent);
+    for (int i = 0; i < g->count; i++) {
+        if (first + i >= item->num_keys) {
+            g->position[i] = c->special[first + i - item->num_keys];
+            for (int a = 0; a < 3; a++) g->slot[a][i] = -1;
+            continue;
+        }
+        g->position[i] = axis[0][at.slot[0]] + axis[1][at.slot[1]] + axis[2][at.slot[2]];
+        for (int a = 0; a < 3; a++) g->slot[a][i] = at.slot[a];
+        next_slot(&at, item->extent);
+    }
+}
+
+/* Per axis, the words of keys that a query slot sees: those of the slots before `high` without those
+ * of the slots before `low`. Returns 0 if no row sees any of them. */
+static int find_words(const WindowCall *c, const WindowItem *item, const KeyGroup *g,
+                      WindowScratch *s) {
+    uint64_t seen[WORDS];
+    memset(seen, 0xff, sizeof seen);
+    for (int a = 0; a < 3 && !item->is_special; a++) {
+        if (!c->masked[a]) continue;
+        const int32_t *slot = g->slot[a];
+        int32_t first = INT32_MAX, last = -1;
+        for (int i = 0; i < g->count; i++) {
+            if (slot[i] < 0) continue;
+            if (slot[i] < first) first = slot[i];
+            if (slot[i] > last) last = slot[i];
+        }
+        uint64_t special[WORDS] = {0}, any[WORDS] = {0};
+        uint64_t *before = s->before; /* keys in slots first, ..., first + n - 1 */
+        if (last < 0) first = 0;
+        memset(before, 0, sizeof(uint64_t) * WORDS * (size_t)(last - first + 2));
+        for (int i = 0; i < g->count; i++) {
+            uint64_t *to = slot[i] < 0 ? special : before + (slot[i] - first + 1) * WORDS;
+            to[i / 64] |= (uint64_t)1 << (i % 64);
+        }
+        for (int32_t n = WORDS; n < (last - first + 2) * WORDS; n++) before[n] |= before[n - WORDS];
+        int64_t start = (int64_t)item->tile[a] * c->tile[a];
+        for (int32_t r = item->first_slot[a]; r <= item->last_slot[a]; r++) {
+            int32_t low = c->low[a][start + r], high = c->high[a][start + r];
+            low = low < first ? first : low > last + 1 ? last + 1 : low;
+            high = high < first ? first : high > last + 1 ? last + 1 : high;
+            for (int n = 0; n < WORDS; n++) {
+                uint64_t word = before[(high - first) * WORDS + n] & ~before[(low - first) * WORDS + n];
+                s->words[a][r * WORDS + n] = word | special[n];
+                any[n] |= word | special[n];
+            }
+        }
+        for (int n = 0; n < WORDS; n++) seen[n] &= any[n];
+    }
+    uint64_t all = 0;
+    for (int n = 0; n < WORDS; n++) all |= seen[n];
+    return all != 0;
+}
+
+static void mask_keys(const WindowCall *c, const WindowItem *item, int32_t head, KeyGroup *g) {
+    int64_t base = item->batch * c->mask_stride[0] + head * c->mask_stride[1];
+    for (int n = 0; n < WORDS; n++) {
+        int left = g->count - n * 64;
+        g->visible[n] = left >= 64 ? ~(uint64_t)0 : left <= 0 ? 0 : ((uint64_t)1 << left) - 1;
+    }
+    for (int i = 0; c->seen && i < g->count; i++)
+        if (!c->seen[base + g->position[i] * c->mask_stride[2]])
+            g->visible[i / 64] &= ~((uint64_t)1 << (i % 64));
+    g->is_whole = g->count % VL == 0 && !c->seen && !c->bias;
+    for (int a = 0; a < 3; a++) g->is_whole &= item->is_special || !c->masked[a];
+    for (int i = 0; c->bias && i < g->count; i++) {
+        float raw = c->bias[base + g->position[i] * c->mask_stride[2]], bias = raw * LOG2E;
+        /* the lowest finite value must not become -inf: a row of it is a plain mean */
+        g->bias[i] = bias < -2e38f && raw > -INFINITY ? -2e38f : bias;
+    }
+}
+
+/* ---- one group of keys ------------------------------------------------------------------------ */
+
+/* How many positions follow one another. */
+INLINE int32_t count_run(const int32_t *position, int32_t count) {
+    int32_t run = 1;
+    while (run < count && position[run] == position[run - 1] + 1) run++;
+    return run;
+}
+
+INLINE void copy_row(char *to, const char *from, int64_t bytes) {
+    int64_t i = 0;
+    for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES) *(vf *)(to + i) = *(const vfu *)(from + i);
+    memcpy(to + i, from + i, (size_t)(bytes - i));
+}
+
+/* Keys that follow one another are packed where they are, others by way of a copy. */
+static void pack_group(const WindowJob *w, const KeyGroup *g, const char *k, const char *v,
+                       WindowScratch *s) {
+    const WindowCall *c = w->call;
+    const Job *job = &w->job;
+    int64_t size = size_of(&w->gathered), k_row = c->k_stride[2] * size, v_row = c->v_stride[2] * size;
+    int64_t k_bytes = padded((size_t)(c->dim * size)), v_bytes = padded((size_t)(c->dim_v * size));
+    for (int p = 0; p < g->panels; p++) {
+        const int32_t *position = g->position + p * VL;
+        int rows = g->count - p * VL < VL ? g->count - p * VL : VL;
+        char *to_k = s->keys + p * job->k_panel_bytes, *to_v = s->values + p * job->v_panel_bytes;
+        if (count_run(position, rows) == rows) {
+            pack_panel(&w->in_place_job, k + position[0] * k_row, v + position[0] * v_row, rows, to_k,
+                       to_v);
+            continue;
+        }
+        for (int i = 0; i < rows; i++) {
+            copy_row(s->copied_k + i * k_bytes, k + position[i] * k_row, c->dim * size);
+            copy_row(s->copied_v + i * v_bytes, v + position[i] * v_row, c->dim_v * size);
+        }
+        pack_panel(job, s->copied_k, s->copied_v, rows, to_k, to_v);
+    }
+}
+
+/* A share of the next group's keys is fetched while each tile of this group is computed: they lie
+ * rows or frames apart, where the hardware does not look. */
+static void prefetch_keys(const WindowJob *w, const KeyGroup *next, const char *k, const char *v,
+                          int64_t share, int64_t shares) {
+    const WindowCall *c = w->call;
+    int64_t size = size_of(&w->gathered), k_row = c->k_stride[2] * size, v_row = c->v_stride[2] * size;
+    for (int64_t i = next->count * share / shares; i < next->count * (share + 1) / shares; i++) {
+        const char *key = k + next->position[i] * k_row, *value = v + next->position[i] * v_row;
+        for (int64_t n = 0; n < c->dim * size; n += 64) __builtin_prefetch(key + n, 0, 2);
+        for (int64_t n = 0; n < c->dim_v * size; n += 64) __builtin_prefetch(value + n, 0, 2);
+    }
+}
+
+static void run_window_strip(Tile *t, Strip *strip, const float *bias) {
+    if (!strip->count) return;
+    for (int v = strip->count; v < NV; v++) {
+        strip->panel[v] = strip->panel[0];
+        strip->masked = 1; /* their bits are 0 */
+    }
+    strip->biased = bias != NULL;
+    for (int r = 0; bias && r < t->rows; r++)
+        for (int v = 0; v < NV; v++)
+            memcpy(t->s->bias + (r * NV + v) * VL, bias + strip->panel[v] * VL, VECTOR_BYTES);
+#if HAS_DOT
+    if (t->job->use_dot) strip_dot(t, strip);
+    else strip_float(t, strip);
+#else
+    strip_float(t, strip);
+#endif
+    strip->count = 0;
+}
+
+/* A tile of rows over a group of which every row sees all. */
+static int attend_whole_group(Tile *t, const KeyGroup *g) {
+    Strip strip = {0};
+    for (int p = 0; p < g->panels; p++) {
+        strip.panel[strip.count++] = p;
+        if (strip.count == NV) run_window_strip(t, &strip, NULL);
+    }
+    if (strip.count)
+        for (int r = 0; r < t->rows; r++) strip.visible[r] = ((uint64_t)1 << strip.count * VL) - 1;
+    run_window_strip(t, &strip, NULL);
+    flush(t, t->job->use_dot);
+    return g->panels;
+}
+
+/* A tile of rows over the panels of a group that one of its rows sees. */
+static int attend_window_group(Tile *t, const KeyGroup *g, uint64_t word[MR][WORDS],
+                               const float *bias) {
+    Strip strip = {0};
+    int visited = 0;
+    for (int p = 0; p < g->panels; p++) {
+        int at = p * VL / 64, shift = p * VL % 64, to = strip.count * VL;
+        uint32_t any = 0, all = ALL_LANES;
+        for (int r = 0; r < t->rows; r++) {
+            uint32_t lanes = (uint32_t)(word[r][at] >> shift) & ALL_LANES;
+            any |= lanes;
+            all &= lanes;
+        }
+        if (any) {
+            if (!strip.count) {
+                strip.masked = 0;
+                memset(strip.visible, 0, sizeof strip.visible);
+            }
+            strip.masked |= all != ALL_LANES;
+            for (int r = 0; r < t->rows; r++)
+                strip.visible[r] |= (word[r][at] >> shift & ALL_LANES) << to;
+            strip.panel[strip.count++] = p;
+            visited++;
+        }
+        if (strip.count == NV) run_window_strip(t, &strip, bias);
+    }
+    run_window_strip(t, &strip, bias);
+    flush(t, t->job->use_dot);
+    return visited;
+}
+
+static void row_words(const WindowCall *c, const WindowItem *item, const WindowScratch *s,
+                      const KeyGroup *g, int64_t row, int rows, uint64_t word[MR][WORDS]) {
+    for (int r = 0; r < rows; r++) {
+        memcpy(word[r], g->visible, sizeof g->visible);
+        for (int a = 0; a < 3 && !item->is_special; a++) {
+            if (!c->masked[a]) continue;
+            const uint64_t *sees = s->words[a] + s->row_slot[a][row + r] * WORDS;
+            for (int n = 0; n < WORDS; n++) word[r][n] &= sees[n];
+        }
+    }
+}
+
+/* ---- one work item: some rows of a tile, all query heads of one key head ---------------------- */
+
+/* The rows of one query head within the scratch of an item. */
+INLINE Scratch rows_of(const WindowJob *w, const Scratch *s, int64_t row) {
+    Scratch part = *s;
+    part.q += row * w->job.depth;
+    part.out += row * w->job.vectors_v * VL;
+    part.sums += row * VL;
+    part.maxima += row;
+    part.limits += row;
+    return part;
+}
+
+static void load_rows(const WindowJob *w, const WindowItem *item, WindowScratch *s) {
+    const WindowCall *c = w->call;
+    int64_t size = size_of(&w->gathered), group = c->heads / c->kv_heads;
+    int64_t total = group * item->rows;
+    for (int64_t h = 0; h < group; h++) {
+        int64_t head = item->kv_head * group + h;
+        const char *q = (const char *)c->query +
+                        (item->batch * c->q_stride[0] + head * c->q_stride[1]) * size;
+        for (int32_t i = 0, run; i < item->rows; i += run) {
+            Scratch rows = rows_of(w, &s->s, h * item->rows + i);
+            run = count_run(s->row_position + i, item->rows - i);
+            load_queries(&w->in_place_job, &rows, q + s->row_position[i] * c->q_stride[2] * size,
+                         run);
+        }
+    }
+    for (int64_t n = 0; n < total; n++) s->s.maxima[n] = s->s.limits[n] = -FLT_MAX;
+    memset(s->s.out, 0, sizeof(float) * (size_t)(total * w->job.vectors_v * VL));
+    memset(s->s.sums, 0, sizeof(float) * (size_t)(total * VL));
+}
+
+static void save_rows(const WindowJob *w, const WindowItem *item, const WindowScratch *s) {
+    const WindowCall *c = w->call;
+    int64_t size = size_of(&w->gathered), group = c->heads / c->kv_heads;
+    for (int64_t h = 0; h < group; h++) {
+        int64_t head = item->kv_head * group + h;
+        char *out =
+            (char *)c->out + (item->batch * c->o_stride[0] + head * c->o_stride[1]) * size;
+        float *lse = c->lse ? c->lse + (item->batch * c->heads + head) * c->seq_len : NULL;
+        for (int32_t i = 0, run; i < item->rows; i += run) {
+            Scratch rows = rows_of(w, &s->s, h * item->rows + i);
+            int64_t position = s->row_position[i];
+            run = count_run(s->row_position + i, item->rows - i);
+            store_rows(&w->in_place_job, &rows, out + position * c->o_stride[2] * size,
+                       lse ? lse + position : NULL, run);
+        }
+    }
+}
+
+static const char *head_of(const WindowJob *w, const WindowItem *item, const void *base,
+                           const int64_t *stride) {
+    return (const char *)base +
+           (item->batch * stride[0] + item->kv_head * stride[1]) * size_of(&w->gathered);
+}
+
+static void attend_window_item(const WindowJob *w, WindowItem *item, WindowScratch *s) {
+    const WindowCall *c = w->call;
+    int64_t group = c->heads / c->kv_heads, total = item->num_keys + c->num_special;
+    const char *k = head_of(w, item, c->key, c->k_stride);
+    const char *v = head_of(w, item, c->value, c->v_stride);
+    find_rows(c, item, s);
+    load_rows(w, item, s);
+    Tile t = {.job = &w->job, .keys = s->keys, .values = s->values, .s = &s->s};
+    int64_t tiles = (item->rows + MR - 1) / MR;
+    KeyGroup groups[2];
+    find_keys(c, item, 0, &groups[0]);
+    for (int64_t n = 0; n * GROUP < total; n++) {
+        KeyGroup *g = &groups[n % 2], *next = &groups[(n + 1) % 2];
+        next->count = 0;
+        if ((n + 1) * GROUP < total) find_keys(c, item, (n + 1) * GROUP, next);
+        if (!find_words(c, item, g, s)) continue;
+        pack_group(w, g, k, v, s);
+        for (int64_t h = 0; h < group; h++) {
+            if (!h || c->mask_stride[1]) mask_keys(c, item, (int32_t)(item->kv_head * group + h), g);
+            for (int64_t i = 0; i < tiles; i++) {
+                int64_t from = item->rows * i / tiles, to = item->rows * (i + 1) / tiles;
+                if (!h) prefetch_keys(w, next, k, v, i, tiles);
+                Scratch part = rows_of(w, &s->s, h * item->rows + from);
+                t.rows = (int)(to - from);
+                t.q = part.q;
+                t.out = part.out;
+                t.sums = part.sums;
+                t.maxima = part.maxima;
+                t.limits = part.limits;
+                int panels;
+                if (g->is_whole) {
+                    panels = attend_whole_group(&t, g);
+                } else {
+                    uint64_t word[MR][WORDS];
+                    row_words(c, item, s, g, from, t.rows, word);
+                    panels = attend_window_group(&t, g, word, c->bias ? g->bias : NULL);
+                }
+                s->pairs += panels * t.rows * VL;
+            }
+        }
+    }
+    save_rows(w, item, s);
+}
+
+/* ---- threads ---------------------------------------------------------------------------------- */
+
+static int open_window_scratch(const WindowJob *w, WindowScratch *s) {
+    const WindowCall *c = w->call;
+    const Job *job = &w->job;
+    int32_t longest = 0;
+    for (int a = 0; a < 3; a++) longest = c->span[a] > longest ? c->span[a] : longest;
+    size_t item = (size_t)c->rows_per_item, rows = item * (size_t)(c->heads / c->kv_heads);
+    struct { void **field; size_t bytes; } parts[] = {
+        {(void **)&s->s.q, 4 * rows * (size_t)job->depth},
+        {(void **)&s->s.out, 4 * rows * (size_t)job->vectors_v * VL},
+        {(void **)&s->s.weights, 4 * MR * GROUP + 2 * VECTOR_BYTES * NV},
+        {(void **)&s->s.sums, 4 * rows * VL},
+        {(void **)&s->s.maxima, 4 * rows},
+        {(void **)&s->s.limits, 4 * rows},
+        {(void **)&s->s.bias, 4 * MR * NV * VL},
+        {(void **)&s->keys, (size_t)job->k_panel_bytes * GROUP_PANELS},
+        {(void **)&s->values, (size_t)job->v_panel_bytes * GROUP_PANELS},
+        {(void **)&s->copied_k, VL * padded(4 * (size_t)c->dim)},
+        {(void **)&s->copied_v, VL * padded(4 * (size_t)c->dim_v)},
+        {(void **)&s->row_position, 4 * item},
+        {(void **)&s->row_slot[0], 4 * item},
+        {(void **)&s->row_slot[1], 4 * item},
+        {(void **)&s->row_slot[2], 4 * item},
+        {(void **)&s->words[0], 8 * WORDS * (size_t)c->tile[0]},
+        {(void **)&s->words[1], 8 * WORDS * (size_t)c->tile[1]},
+        {(void **)&s->words[2], 8 * WORDS * (size_t)c->tile[2]},
+        {(void **)&s->before, 8 * WORDS * (size_t)(longest + 1)},
+    };
+    size_t total = 0, count = sizeof parts / sizeof *parts;
+    for (size_t i = 0; i < count; i++) total += padded(parts[i].bytes);
+    char *at = s->base = allocate(total);
+    if (!at) return 0;
+    for (size_t i = 0; i < count; at += padded(parts[i++].bytes)) *parts[i].field = at;
+    s->pairs = 0;
+    return 1;
+}
+
+static void *work_on_windows(void *argument) {
+    WindowJob *w = argument;
+    WindowScratch s;
+    if (!open_window_scratch(w, &s)) return NULL;
+    for (;;) {
+        int32_t index = atomic_fetch_add(&w->next, 1);
+        WindowItem item;
+        if (index >= w->items) break;
+        if (locate_item(w, index, &item)) attend_window_item(w, &item, &s);
+    }
+    atomic_fetch_add(&w->pairs, s.pairs);
+    free(s.base);
+    return NULL;
+}
+
+static void plan_windows(WindowJob *w, const WindowCall *c) {
+    memset(w, 0, sizeof *w);
+    w->call = c;
+    Call *call = &w->in_place;
+    int64_t size = c->dtype == FLOAT32 ? 4 : 2;
+    call->dim = c->dim;
+    call->dim_v = c->dim_v;
+    call->dtype = c->dtype;
+    call->k_stride[2] = c->k_stride[2];
+    call->v_stride[2] = c->v_stride[2];
+    for (int i = 2; i < 4; i++) {
+        call->q_stride[i] = c->q_stride[i];
+        call->o_stride[i] = c->o_stride[i];
+    }
+    call->k_stride[3] = call->v_stride[3] = 1;
+    w->gathered = *call;
+    w->gathered.k_stride[2] = (int64_t)padded((size_t)(c->dim * size)) / size;
+    w->gathered.v_stride[2] = (int64_t)padded((size_t)(c->dim_v * size)) / size;
+    Job *job = &w->job;
+    job->call = &w->gathered;
+    job->use_dot = HAS_DOT && c->dtype == BFLOAT16;
+    job->depth = job->use_dot ? (c->dim + 1) / 2 : c->dim;
+    job->vectors_v = (c->dim_v + VL - 1) / VL;
+    job->k_panel_bytes = job->depth * VECTOR_BYTES;
+    job->v_panel_bytes = job->vectors_v * VECTOR_BYTES * (job->use_dot ? VL / 2 : VL);
+    job->sign = c->scale < 0 ? -1.0f : c->scale > 0 ? 1.0f : 0.0f;
+    job->factor = c->scale == 0 ? 1.0f : fabsf(c->scale) * LOG2E;
+    w->in_place_job = *job;
+    w->in_place_job.call = &w->in_place;
+    int64_t rows = (int64_t)c->tile[0] * c->tile[1] * c->tile[2];
+    int64_t tiles = (int64_t)c->num_tiles[0] * c->num_tiles[1] * c->num_tiles[2];
+    w->items_per_tile = (int32_t)((rows + c->rows_per_item - 1) / c->rows_per_item);
+    w->special_items = (c->num_special + c->rows_per_item - 1) / c->rows_per_item;
+    w->items = (int32_t)((w->special_items + tiles * w->items_per_tile) * c->batch * c->kv_heads);
+}
+
+size_t retrofit_window_call_size(void) { return sizeof(WindowCall); }
+
+/* 0 when done, 1 when memory ran out. */
+int retrofit_grid_window(const WindowCall *c) {
+    WindowJob w;
+    plan_windows(&w, c);
+    int started = 0, threads = c->threads < w.items ? c->threads : w.items;
+    pthread_t *handles = calloc((size_t)threads + 1, sizeof(pthread_t));
+    if (!handles) return 1;
+    /* a thread that can't be started leaves its share to the others */
+    while (started < threads - 1 && !pthread_create(&handles[started], NULL, work_on_windows, &w))
+        started++;
+    work_on_windows(&w);
+    for (int i = 0; i < started; i++) pthread_join(handles[i], NULL);
+    free(handles);
+    if (c->pairs) *c->pairs = atomic_load(&w.pairs);
+    return atomic_load(&w.next) < w.items;
+}
