@@ -99,7 +99,10 @@ class Recipe:
         try:
             text = Path(path).read_text()
         except OSError as error:
-            raise NotFoundError(f"{path}: can't be read ({error.strerror}).") from error
+            raise NotFoundError(
+                f"{path}: can't be read ({error.strerror}). Give a YAML file, or the name of a "
+                f"shipped recipe. {suggest(Path(path).stem, shipped_recipes())}"
+            ) from error
         try:
             data = yaml.safe_load(text)
         except yaml.YAMLError as error:
@@ -215,5 +218,23 @@ def _fits(value: Any, hint: Any) -> bool:
     return hint is Any or isinstance(value, hint)
 
 
+PLAIN_WORDS = {
+    float: "a number",
+    int: "a whole number",
+    bool: "true or false",
+    str: "a text",
+    type(None): "null",
+}
+
+
 def _spell(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    """A type in words, for people who write YAML."""
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return " or ".join(map(_spell, arguments))
+    if origin is typing.Literal:
+        return "one of " + ", ".join(map(str, arguments))
+    if origin is tuple:
+        kinds = [_spell(item) for item in arguments if item is not Ellipsis]
+        return f"a list of {kinds[0]} each" if Ellipsis in arguments else f"[{', '.join(kinds)}]"
+    return PLAIN_WORDS.get(hint, str(hint))

@@ -126,7 +126,8 @@ def _repeat(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
     }
-    command = [sys.executable, "-m", "retrofit.checkpoint.verifying"]
+    # -P: a folder called `retrofit` or `json` where the user stands must not be imported
+    command = [sys.executable, "-P", "-m", "retrofit.checkpoint.verifying"]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])

@@ -109,10 +109,11 @@ def run(
         **parameters,
     )
     proof = None
+    if out is not None:
+        refuse_target(plan, out, force=force)
     if out is not None and not dry_run:
         from retrofit.checkpoint.opening import check_weights
 
-        refuse_target(plan, out, force=force)
         check_weights(plan.checkpoint)
         if not no_proof:
             where = pick_device(device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import pickle
@@ -56,7 +57,7 @@ def measure_peak_memory(job: MemoryJob) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.pickle"
         file.write_bytes(pickle.dumps(job))
-        command = [sys.executable, "-m", "retrofit.compare.peak_memory", str(file)]
+        command = [sys.executable, "-P", "-m", "retrofit.compare.peak_memory", str(file)]
         done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
@@ -125,6 +126,8 @@ def with_peak_memory(
         components: As for `compare_models`.
         progress: Called as `progress(what, done, total)`.
     """
+    gc.collect()  # models hold cycles; what this process has freed is there for its children
+    torch.cuda.empty_cache()
     rows = []
     for i, row in enumerate(comparison.rows):
         if progress is not None:
