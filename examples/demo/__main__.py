@@ -51,7 +51,7 @@ def run_demo(num_documents: int, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     say(f"1. {num_documents} documents through MiniLM-L6, dense and patched")
     show_comparison(compare_minilm(model, num_documents, print_progress()), folder)
-    say(f"\n2. One attention call on {SHAPE[2]} tokens, where attention is all the work")
+    say(f"\n2. One attention call on {SHAPE[2]} tokens, where it is all the work, not a fifth")
     show_long_call(time_long_call())
     say("\n3. A patched checkpoint, proved in a fresh process, and back to the original's bytes")
     files = run_round_trip(model, folder)
