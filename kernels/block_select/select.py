@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from retrofit.errors import ConfigError
+from retrofit.kernels.block_select.native import can_run, pool_natively, select_natively
 from retrofit.kernels.block_sparse.lists import check_block_size
 
 Pooling = Literal["avg", "max"]
@@ -148,6 +149,8 @@ def select_by_score(
 
 def _pool(x: Tensor, block: int, pooling: Pooling) -> Tensor:
     """Pool tokens per block in float32 or wider: `[B, H, S, D]` to `[B, H, ceil(S / block), D]`."""
+    if can_run(x):
+        return pool_natively(x, block, pooling)
     length = x.shape[2]
     whole = length // block * block
     parts = []
@@ -179,25 +182,35 @@ def _select(
     min_blocks: int,
 ) -> Tensor:
     num_k = scores.shape[-1]
-    ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
-    counts = torch.full_like(scores[..., :1], min(min_blocks, num_k), dtype=torch.int64)
+    fewest = torch.full(
+        (*scores.shape[:2], 1, 1), min(min_blocks, num_k), dtype=torch.int64, device=scores.device
+    )
     if isinstance(keep, Tensor):
-        counts = counts.maximum((keep * num_k).floor().long())
+        fewest = fewest.maximum((keep * num_k).floor().long())
     elif keep is not None:
-        counts = counts.clamp(min=int(num_k * keep))
+        fewest = fewest.clamp(min=int(num_k * keep))
+    limit = None
     if mass is not None:
-        counts = counts.maximum(_count_mass(ordered, mass, crossing).clamp(max=num_k))
-    position = torch.arange(num_k, device=scores.device)
-    return torch.zeros_like(scores, dtype=torch.bool).scatter(-1, order, position < counts)
+        limit = torch.as_tensor(mass, dtype=scores.dtype, device=scores.device)
+        limit = limit + MASS_EPS if crossing == "drop" else limit
+    if can_run(scores):
+        shape = scores.shape[:2]
+        limit = None if limit is None else limit.expand(*shape, 1, 1).reshape(shape)
+        return select_natively(scores, fewest.view(shape), limit, crossing)
+    ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
+    counts = fewest
+    if limit is not None:
+        counts = counts.maximum(_count_mass(ordered, limit, crossing))
+    chosen = (torch.arange(num_k, device=scores.device) < counts).expand(scores.shape)
+    return torch.zeros_like(chosen).scatter(-1, order, chosen)
 
 
-def _count_mass(ordered: Tensor, mass: float | Tensor, crossing: Crossing) -> Tensor:
+def _count_mass(ordered: Tensor, limit: Tensor, crossing: Crossing) -> Tensor:
     cumulated = ordered.cumsum(dim=-1)
     if crossing == "drop":
-        limit = torch.as_tensor(mass, dtype=ordered.dtype, device=ordered.device) + MASS_EPS
         return (cumulated <= limit).sum(dim=-1, keepdim=True)
     before = torch.nn.functional.pad(cumulated[..., :-1], (1, 0))
-    short = before < mass if crossing == "keep" else before <= mass
+    short = before < limit if crossing == "keep" else before <= limit
     return short.sum(dim=-1, keepdim=True)
 
 

@@ -58,9 +58,16 @@ def lists_from_mask(block_mask: Tensor, *, max_count: int | None = None) -> Bloc
     Returns:
         Lists of whole blocks.
     """
+    num_k = block_mask.shape[-1]
+    width = num_k if max_count is None else max_count
+    place = block_mask.cumsum(dim=-1, dtype=torch.int32)  # 1 for the first kept block
     counts = block_mask.sum(dim=-1, dtype=torch.int32)
-    order = torch.sort(block_mask.to(torch.int8), dim=-1, descending=True, stable=True).indices
-    return BlockLists(order[..., :max_count].to(torch.int32), counts)
+    columns = torch.arange(num_k, dtype=torch.int32, device=block_mask.device)
+    indices = columns.new_zeros(*block_mask.shape[:-1], width + 1)
+    # blocks that are not kept go to column 0, which is then dropped
+    target = torch.where(block_mask, place, 0).clamp(max=width)
+    indices = indices.scatter(-1, target.long(), columns.expand(block_mask.shape))
+    return BlockLists(indices[..., 1:].contiguous(), counts)
 
 
 def mask_from_lists(lists: BlockLists, num_key_blocks: int) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from retrofit.errors import ConfigError
+from retrofit.kernels.block_sparse.plain import softmax_and_lse
 
 __all__ = ["merge_attention"]
 
@@ -42,11 +43,8 @@ def merge_attention(
             f"{[list(x.shape) for x in outs]} and {[list(x.shape) for x in lses]}. "
             "Ask each part for return_lse=True."
         )
-    stacked = torch.stack(lses)
-    total = stacked.logsumexp(dim=0)
-    finite = total.masked_fill(total == float("-inf"), 0.0)
-    weights = (stacked - finite).exp()
+    weights, total = softmax_and_lse(torch.stack(lses, dim=-1))
     merged = torch.zeros_like(outs[0], dtype=torch.promote_types(outs[0].dtype, total.dtype))
-    for out, weight in zip(outs, weights, strict=True):
-        merged = merged + out * weight.unsqueeze(-1)
+    for out, weight in zip(outs, weights.split(1, dim=-1), strict=True):
+        merged = merged + out * weight
     return merged.to(outs[0].dtype), total

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -68,17 +68,27 @@ def choose_backend(operator: str, probe: Probe, wanted: str | None = None) -> st
 def forced_backend(operator: str, wanted: str | None = None) -> str | None:
     """The backend that the argument or `RETROFIT_BACKEND` names, None where neither does.
 
+    A name in `RETROFIT_BACKEND` that only other operators have does not concern this one.
+
     Raises:
-        ConfigError: If the operator has no backend of that name.
+        ConfigError: If the operator has no backend of the name that the argument gives, or no
+            operator has that of `RETROFIT_BACKEND`.
     """
-    source = "backend" if wanted else "RETROFIT_BACKEND"
     name = wanted or os.environ.get("RETROFIT_BACKEND") or None
-    names = OPERATORS[operator](Probe(device="meta", dtype=torch.float32, head_dim=1))
-    if name is not None and name not in names:
-        raise ConfigError(
-            f"{operator}: expected {source} to name a backend, got {name!r}. {suggest(name, names)}"
-        )
-    return name
+    own = _backend_names(operator)
+    if name is None or name in own:
+        return name
+    everywhere = {other for each in OPERATORS for other in _backend_names(each)}
+    if not wanted and name in everywhere:
+        return None
+    source, names = ("backend", own) if wanted else ("RETROFIT_BACKEND", everywhere)
+    raise ConfigError(
+        f"{operator}: expected {source} to name a backend, got {name!r}. {suggest(name, names)}"
+    )
+
+
+def _backend_names(operator: str) -> Iterable[str]:
+    return OPERATORS[operator](Probe(device="meta", dtype=torch.float32, head_dim=1))
 
 
 def explain(
@@ -107,7 +117,7 @@ def explain(
     del call["is_strided"]
     rows: list[dict[str, Any]] = []
     for operator, ask in sorted(OPERATORS.items()):
-        forced = os.environ.get("RETROFIT_BACKEND") or None
+        forced = forced_backend(operator)
         is_open = True
         for name, (is_usable, reason) in ask(probe).items():
             is_chosen = is_usable and is_open and forced in (None, name)

@@ -1,0 +1,218 @@
+/* Vectors of floats with the compiler's extensions, and numbers of 16 bits. */
+
+#pragma once
+
+#include <float.h>
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#if defined(__AVX__)
+#include <immintrin.h>
+#endif
+
+#ifndef VECTOR_BYTES
+#if defined(__AVX512F__)
+#define VECTOR_BYTES 64
+#elif defined(__AVX__)
+#define VECTOR_BYTES 32
+#else
+#define VECTOR_BYTES 16
+#endif
+#endif
+
+#define VL (VECTOR_BYTES / 4)            /* keys per panel */
+#define NV (VECTOR_BYTES == 32 ? 2 : 4)  /* panels per strip: AVX2 has half the registers */
+#define MR 6                             /* query rows per tile: MR * NV accumulators */
+#define GROUP 256                        /* keys between two visits to the output */
+#define GROUP_PANELS (GROUP / VL)
+#define MAX_ROWS 192 /* query rows per work item, a multiple of MR */
+#define PACK_KEYS 256
+#define LAZY 8.0f
+#define ALL_LANES ((1u << VL) - 1)
+/* weights of a row, in floats: bfloat16 ones take half */
+#define WEIGHTS_ROW(dot) ((dot) ? GROUP / 2 : GROUP)
+#define LOG2E 1.44269504088896340736f
+#define LN2 0.693147180559945309417f
+
+#if defined(__AVX512BF16__) && VECTOR_BYTES == 64
+#define HAS_DOT 1
+#else
+#define HAS_DOT 0
+#endif
+
+#if defined(__clang__)
+#define UNROLL _Pragma("clang loop unroll(full)")
+#else
+#define UNROLL _Pragma("GCC unroll 16")
+#endif
+#define INLINE static inline __attribute__((always_inline))
+#define NOINLINE static __attribute__((noinline))
+
+typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
+typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
+typedef float vfu __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
+typedef uint16_t vhu __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
+
+enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
+
+INLINE float from_half(uint16_t h) {
+    uint32_t sign = (uint32_t)(h & 0x8000) << 16, rest = h & 0x7fff, bits;
+    float value;
+    if (rest >= 0x7c00) {
+        bits = sign | 0x7f800000 | (rest & 0x3ff) << 13;
+    } else {
+        /* 2^112 moves the exponent from half's bias to float's; it is exact for subnormals too */
+        bits = rest << 13;
+        memcpy(&value, &bits, 4);
+        value *= 0x1p112f;
+        memcpy(&bits, &value, 4);
+        bits |= sign;
+    }
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint16_t to_half(float value) {
+    uint32_t bits, sign;
+    memcpy(&bits, &value, 4);
+    sign = bits >> 16 & 0x8000;
+    bits &= 0x7fffffff;
+    if (bits > 0x7f800000) return (uint16_t)(sign | 0x7e00);
+    if (bits >= 0x477ff000) return (uint16_t)(sign | 0x7c00); /* rounds to 65536 or beyond */
+    if (bits < 0x38800000) {                                  /* subnormal: let the adder round */
+        float small;
+        memcpy(&small, &bits, 4);
+        small += 0.5f;
+        memcpy(&bits, &small, 4);
+        return (uint16_t)(sign | (bits - 0x3f000000));
+    }
+    bits += 0xfff + (bits >> 13 & 1);
+    return (uint16_t)(sign | (bits - 0x38000000) >> 13);
+}
+
+INLINE float from_bfloat(uint16_t h) {
+    uint32_t bits = (uint32_t)h << 16;
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+INLINE uint16_t to_bfloat(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40);
+    return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+INLINE float load_element(const void *base, int64_t index, int dtype) {
+    if (dtype == FLOAT32) return ((const float *)base)[index];
+    uint16_t h = ((const uint16_t *)base)[index];
+    return dtype == BFLOAT16 ? from_bfloat(h) : from_half(h);
+}
+
+INLINE void store_element(void *base, int64_t index, float value, int dtype) {
+    if (dtype == FLOAT32) ((float *)base)[index] = value;
+    else ((uint16_t *)base)[index] = dtype == BFLOAT16 ? to_bfloat(value) : to_half(value);
+}
+
+INLINE vf splat(float x) { return x - (vf){0}; }
+
+/* The second operand wins where either is NaN. */
+INLINE vf vmax(vf a, vf b) {
+#if VECTOR_BYTES == 64
+    return (vf)_mm512_max_ps((__m512)a, (__m512)b);
+#elif VECTOR_BYTES == 32
+    return (vf)_mm256_max_ps((__m256)a, (__m256)b);
+#else
+    vi greater = a > b;
+    return (vf)((greater & (vi)a) | (~greater & (vi)b));
+#endif
+}
+
+INLINE int any_lane(vi mask) {
+#if VECTOR_BYTES == 64
+    return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
+#elif VECTOR_BYTES == 32
+    return _mm256_movemask_ps((__m256)mask) != 0;
+#else
+    return (mask[0] | mask[1] | mask[2] | mask[3]) != 0;
+#endif
+}
+
+/* 2^t for t <= 127; exactly 0 below -127. Few terms are enough for weights in bfloat16. */
+INLINE vf vexp2(vf t, int few_terms) {
+    const vf magic = splat(0x1.8p23f + 127.0f); /* low bits of t + magic are the biased exponent */
+    t = vmax(splat(-127.0f), t);
+    vf shifted = t + magic;
+    vf f = t - (shifted - magic);
+    vf power = (vf)((vi)shifted << 23);
+    vf p;
+    if (few_terms) { /* relative error 8e-5 */
+        p = splat(0.0551716695f) * f + splat(0.2426111254f);
+        p = p * f + splat(0.6932609857f);
+        p = p * f + splat(0.9999280733f);
+    } else { /* relative error 8e-8 */
+        p = splat(1.3276472048e-3f) * f + splat(9.6755413847e-3f);
+        p = p * f + splat(5.5507132738e-2f);
+        p = p * f + splat(2.4022119722e-1f);
+        p = p * f + splat(6.9314696706e-1f);
+        p = p * f + splat(1.0000000717f);
+    }
+    return p * power;
+}
+
+/* VL consecutive elements as floats. */
+INLINE vf load_floats(const void *src, int64_t at, int dtype) {
+    if (dtype == FLOAT32) return *(const vfu *)((const float *)src + at);
+    const uint16_t *from = (const uint16_t *)src + at;
+    if (dtype == BFLOAT16) return (vf)(__builtin_convertvector(*(const vhu *)from, vi) << 16);
+#if VECTOR_BYTES == 64
+    return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)from));
+#elif VECTOR_BYTES == 32 && defined(__F16C__)
+    return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)from));
+#else
+    vf x;
+    for (int i = 0; i < VL; i++) x[i] = from_half(from[i]);
+    return x;
+#endif
+}
+
+INLINE void store_floats(void *dst, int64_t at, vf x, int dtype) {
+    if (dtype == FLOAT32) {
+        *(vfu *)((float *)dst + at) = x;
+        return;
+    }
+    uint16_t *to = (uint16_t *)dst + at;
+#if HAS_DOT
+    if (dtype == BFLOAT16) {
+        _mm256_storeu_si256((__m256i *)to, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+        return;
+    }
+#endif
+#if VECTOR_BYTES == 64
+    if (dtype == FLOAT16) {
+        _mm256_storeu_si256((__m256i *)to, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+        return;
+    }
+#endif
+    for (int i = 0; i < VL; i++) to[i] = dtype == BFLOAT16 ? to_bfloat(x[i]) : to_half(x[i]);
+}
+
+/* Large buffers come in large pages where the system has them: fewer faults, fewer misses. */
+static void *allocate(size_t bytes) {
+    const size_t huge = (size_t)2 << 20;
+    void *memory = NULL;
+    if (posix_memalign(&memory, bytes >= huge ? huge : 64, bytes)) return NULL;
+#ifdef MADV_HUGEPAGE
+    if (bytes >= huge) madvise(memory, bytes, MADV_HUGEPAGE);
+#endif
+    return memory;
+}
+
+INLINE size_t padded(size_t bytes) { return (bytes + 63) / 64 * 64; }
