@@ -263,7 +263,7 @@ def test_unpatch_writes_nothing_when_a_byte_changed(patched, copy_of, tmp_path):
 
 
 def test_unpatch_compares_every_byte_not_only_samples(patched, copy_of, tmp_path, monkeypatch):
-    from retrofit import manifest
+    from retrofit.checkpoint import manifest
 
     monkeypatch.setattr(manifest.Manifest, "check_files", lambda self, folder: None)
     folder = copy_of(patched)

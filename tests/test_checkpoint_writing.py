@@ -101,7 +101,7 @@ def test_killed_at_any_moment_nothing_half_written_is_taken(moment, replacing, s
     program = f"""
         import os, signal
         from pathlib import Path
-        from retrofit import writing
+        from retrofit.checkpoint import writing
         source, out = Path({str(source)!r}), Path({str(out)!r})
         def patch_write(name, only=None):
             owner = os if name.startswith("os.") else writing

@@ -242,7 +242,7 @@ def test_a_broken_checkpoint(breaking, message, refused, encoder, copy_of, tmp_p
 def test_nothing_runs_before_the_shards_are_known_to_be_whole(
     refused, encoder, copy_of, tmp_path, monkeypatch
 ):
-    from retrofit import proof
+    from retrofit.checkpoint import proof
 
     folder = copy_of(encoder)
     _cut(folder)
@@ -357,7 +357,7 @@ def test_kill_9_in_the_middle_of_patching(encoder, tmp_path, run_command):
     out = tmp_path / "out"
     program = f"""
         import os, signal
-        from retrofit import saving, writing
+        from retrofit.checkpoint import saving, writing
         own, calls = writing._copy_and_hash, []
         def die(*arguments, **options):
             calls.append(1)
