@@ -1,4 +1,4 @@
-"""Circular windows of a picture, the mask of CLEAR (arXiv 2412.16112, section 3)."""
+"""Circular windows of a picture, the mask of CLEAR (arXiv 2412.16112)."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Block-sparse attention: pooled queries and keys say which blocks are worth attending to.
 
-Paper: https://arxiv.org/abs/2509.07120 (section 4). Departure: every special key is seen by every
-query; the original shows the special keys that share a block with the last grid tokens only where
-that block is chosen (`upstream_selection`).
+Paper: https://arxiv.org/abs/2509.07120 (block-sparse global attention). Departure: every query sees
+every special key; the original shows the special keys that share a block with the last grid tokens
+only where that block is chosen (`upstream_selection`).
 """
 
 from __future__ import annotations
