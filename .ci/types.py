@@ -5,6 +5,8 @@ import shutil
 import subprocess
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,8 +25,28 @@ def link_package_map() -> None:
             (target / file.name).symlink_to(file)
 
 
+@contextmanager
+def one_at_a_time() -> Iterator[None]:
+    """Keep runs that start together from rebuilding the tree under each other."""
+    if sys.platform == "win32":
+        yield
+        return
+    import fcntl
+
+    TREE.parent.mkdir(exist_ok=True)
+    with (TREE.parent / "types.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
 def main() -> int:
     """Run mypy on the tree, with any further arguments."""
+    with one_at_a_time():
+        return check()
+
+
+def check() -> int:
+    """Rebuild the tree and run mypy on it."""
     link_package_map()
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(ROOT / ".mypy_cache")]
     arguments = sys.argv[1:] or ["-p", "retrofit"]
