@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--scale", type=int, action="append", help="multiple of the training size")
     parser.add_argument("--count", type=int, default=64, help="prompts, from the first")
     parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--guidance", type=float, default=4.0)
+    parser.add_argument("--guidance", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=1000, help="of the first picture")
     arguments = parser.parse_args()
     arguments.output.mkdir(parents=True, exist_ok=True)

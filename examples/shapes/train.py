@@ -68,7 +68,7 @@ def train_vae(vae: AutoencoderKL, trainer: Trainer, batch: int) -> None:
         trainer.update(picture_loss(output, target) + 1e-3 * divergence)
 
 
-def set_scale(vae: AutoencoderKL, seed: int, count: int = 128) -> None:
+def set_scale(vae: AutoencoderKL, seed: int, count: int) -> None:
     """Set the factor that gives the latents of drawn pictures a standard deviation of 1."""
     rng = np.random.default_rng(seed)
     latents = encode(vae, [random_scene(rng) for _ in range(count)])
@@ -186,7 +186,7 @@ def run(arguments: argparse.Namespace) -> None:
     if vae_steps:
         train_vae(vae, autoencoder, arguments.batch // 2)
         vae.load_state_dict(autoencoder.average.state_dict())
-        set_scale(vae, seed + 2)
+        set_scale(vae, seed + 2, min(128, arguments.pictures))
     rng = np.random.default_rng(seed + 3)
     scenes = [random_scene(rng) for _ in range(arguments.pictures)]
     latents = cached_latents(vae, scenes, work / "latents.pt")

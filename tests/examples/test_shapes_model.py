@@ -128,7 +128,7 @@ def test_autoencoder_gives_pictures_back_at_twice_the_size(
 ) -> None:
     command = [sys.executable, str(FOLDER / "draw.py"), "--count", "2", "--size", "256"]
     subprocess.run([*command, "--output", str(tmp_path / "a.png")], check=True, capture_output=True)
-    drawn = np.asarray(Image.open(tmp_path / "a.png"))[:256, :256]
+    drawn = np.array(Image.open(tmp_path / "a.png"))[:256, :256]
     picture = torch.from_numpy(drawn).permute(2, 0, 1)[None].float() / 127.5 - 1
     with torch.no_grad():
         latents = pipeline.vae.encode(picture).latent_dist.mean
