@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import logging
+import os
 import pickle
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def measure_peak_memory(job: MemoryJob) -> int:
         file = Path(folder) / "job.pickle"
         file.write_bytes(pickle.dumps(job))
         command = [sys.executable, "-P", "-m", "retrofit.compare.peak_memory", str(file)]
-        done = subprocess.run(command, capture_output=True, text=True)
+        # it imports what this process does, and nothing from where the user happens to stand
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise RetrofitError(
