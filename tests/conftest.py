@@ -12,6 +12,8 @@ import torch
 
 torch.set_num_threads(1)
 
+from hypothesis import settings
+
 from tests.checkpoint_fixtures import (  # noqa: E402, F401
     copy_of,
     encoder,
@@ -20,3 +22,6 @@ from tests.checkpoint_fixtures import (  # noqa: E402, F401
     pipeline,
     run_command,
 )
+
+settings.register_profile("repeatable", derandomize=True, database=None)
+settings.load_profile("repeatable")
