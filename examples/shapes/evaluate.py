@@ -48,7 +48,7 @@ def interval(right: int, count: int) -> tuple[float, float]:
     z = 1.96
     middle = (right + z * z / 2) / (count + z * z)
     half = z / (count + z * z) * math.sqrt(right * (count - right) / count + z * z / 4)
-    return middle - half, middle + half
+    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def generate(
