@@ -12,7 +12,7 @@ import torch
 
 torch.set_num_threads(1)
 
-from hypothesis import settings
+from hypothesis import settings  # noqa: E402
 
 from tests.checkpoint_fixtures import (  # noqa: E402, F401
     copy_of,
