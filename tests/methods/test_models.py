@@ -45,15 +45,25 @@ def insides(model: nn.Module) -> dict[str, Any]:
     return kept
 
 
+def in_float64(value: Any) -> Any:
+    """Every floating tensor of a call's arguments in double precision."""
+    if isinstance(value, dict):
+        return {key: in_float64(item) for key, item in value.items()}
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
 @pytest.mark.parametrize("odd", [False, True], ids=["even", "odd"])
 @pytest.mark.parametrize(("name", "model_name"), CASES)
 def test_a_full_window_or_keep_1_equals_the_dense_model(name, model_name, odd):
     row = FAMILY_MODELS[model_name]
     model, inputs = row.make_model(), row.make_inputs(batch=2, odd=odd)
+    bound = 1e-5
+    if model_name == "sdxl":  # whose float32 output is itself that far from its float64 one
+        model, inputs, bound = model.double(), in_float64(inputs), 1e-11
     dense = call(model_name, model, inputs)
     with patched(model, TABLE[name].dense):
         out = call(model_name, model, inputs)
-    assert (out - dense).abs().max() <= 1e-5 * dense.abs().max()
+    assert (out - dense).abs().max() <= bound * dense.abs().max()
 
 
 @pytest.mark.parametrize(("name", "model_name"), CASES)
