@@ -22,7 +22,8 @@ class AxisTables(NamedTuple):
         keys: Coordinate of each key slot, repeated where the slot is padding, `[n, span]`.
         low: First key slot that a query slot sees, `[n, tile]`.
         high: One past the last, `[n, tile]`.
-        is_masked: False if every query sees all key slots of its tile.
+        hides_keys: False if every query sees all keys of its tile that any query of it sees.
+        is_masked: False if every query sees all key slots of its tile: no slot is padding either.
     """
 
     queries: Tensor
@@ -30,6 +31,7 @@ class AxisTables(NamedTuple):
     keys: Tensor
     low: Tensor
     high: Tensor
+    hides_keys: bool
     is_masked: bool
 
     @property
@@ -89,14 +91,15 @@ class NeighborhoodAxis(NamedTuple):
         )
         key = first[:, :1] + torch.arange(span, device=device)
         key = torch.minimum(key, group_length - 1).clamp(min=0)
-        shared = tile <= self.stride or self.is_whole
+        hides_keys = self.is_causal or not (tile <= self.stride or self.is_whole)
         return AxisTables(
             query * self.dilation + group,
             is_query,
             key * self.dilation + group,
             first - first[:, :1],
             last + 1 - first[:, :1],
-            self.is_causal or not shared or self.length % self.dilation != 0,
+            hides_keys,
+            hides_keys or self.length % self.dilation != 0,
         )
 
     def count_pairs(self) -> int:
@@ -152,7 +155,9 @@ class WindowAxis(NamedTuple):
             coordinate = coordinate.gather(1, inside)
             high = torch.minimum(high, slot + 1)
         is_masked = self.is_causal or size * tiles != self.length
-        return AxisTables(coordinate, slot < count, coordinate, low, high, is_masked)
+        return AxisTables(
+            coordinate, slot < count, coordinate, low, high, self.is_causal, is_masked
+        )
 
     def count_pairs(self) -> int:
         """Query-key pairs on the axis."""

@@ -12,6 +12,7 @@ from .axes import WindowAxis
 from .native import native_attention, native_supports
 from .pattern import Pattern
 from .tiled import tiled_attention
+from .triton_route import triton_attention, triton_supports
 
 NEIGHBORHOOD, WINDOW = "neighborhood_attention", "window_attention"
 
@@ -19,6 +20,7 @@ NEIGHBORHOOD, WINDOW = "neighborhood_attention", "window_attention"
 def answers(probe: Probe) -> dict[str, Support]:
     """Whether each backend can run a call, in order of preference, and the reason if not."""
     return {
+        "triton": triton_supports(probe.device, probe.dtype, probe.head_dim),
         "native": native_supports(probe.device, probe.dtype, probe.num_tokens),
         "torch": (True, ""),
         "reference": (True, ""),  # in the open, before the operator is reached
@@ -54,18 +56,20 @@ def run_backend(
     probe = Probe(
         device=q.device.type,
         dtype=q.dtype,
-        head_dim=q.shape[3],
+        head_dim=max(q.shape[3], v.shape[3]),
         num_tokens=q.shape[2],
         is_strided=any(x.stride(3) != 1 for x in (q, k, v)),
     )
     name = choose_backend(operator, probe, backend)
-    if name == "native" and attn_mask is not None and attn_mask.shape[2] != 1:
+    if name in ("triton", "native") and attn_mask is not None and attn_mask.shape[2] != 1:
         if forced_backend(operator, backend):
             raise UnsupportedError(
                 f"{operator}: expected {name} to run this call, got a refusal (an attn_mask that "
                 "differs between queries). Leave `backend` out and RETROFIT_BACKEND unset."
             )
         name = "torch"
+    if name == "triton":
+        return triton_attention(q, k, v, pattern, attn_mask, shift, scale, with_lse)
     if name == "native":
         return native_attention(q, k, v, pattern, attn_mask, shift, scale, with_lse)
     tables = pattern.tables(q.device, shift)

@@ -13,7 +13,7 @@ from retrofit.grid import TokenGrid
 
 from .arguments import Size
 from .axes import Axis, AxisTables, NeighborhoodAxis, WindowAxis
-from .tiles import GATHER_COST, NATIVE_COST, grow_tile, order_axes, search_tile
+from .tiles import BLOCK_COST, GATHER_COST, NATIVE_COST, grow_tile, order_axes, search_tile
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,12 @@ class Pattern:
         if isinstance(self.axes[0], WindowAxis):
             return self.windows()
         return grow_tile(self.neighborhoods(), self.order, GATHER_COST)
+
+    def block_tile(self) -> Size:
+        """Queries per tile on each axis for the Triton kernel."""
+        if isinstance(self.axes[0], WindowAxis):
+            return self.windows()
+        return search_tile(self.neighborhoods(), self.order, BLOCK_COST)
 
     def native_tile(self) -> Size:
         """Queries per tile on each axis for the native kernel."""

@@ -21,15 +21,19 @@ class TileCost(NamedTuple):
         per_row: For one row of a tile, whatever the number of keys.
         run: Hidden keys in a row at which skipping begins to pay; 0 if none are skipped.
         max_rows: Largest tile.
+        block: Rows that are computed together; a tile is filled up to a multiple.
     """
 
     per_key: int
     per_row: int
     run: int
     max_rows: int
+    block: int = 1
 
 
 GATHER_COST = TileCost(per_key=32, per_row=32, run=0, max_rows=512)
+# a program on a GPU takes 128 rows; a larger tile only fills the last of its programs better
+BLOCK_COST = TileCost(per_key=8, per_row=32, run=0, max_rows=1024, block=128)
 # measured with 64 channels: windows of 64 to 4096 tokens, and tiles of the 21 x 24 x 40 preset
 NATIVE_COST = TileCost(per_key=60, per_row=30, run=16, max_rows=504)
 SKIPPED = 0.05  # of a pair, for looking at a hidden one
@@ -56,7 +60,7 @@ def estimate_time(
 ) -> float:
     """Time of all tiles, in query-key pairs."""
     tiles = math.prod([axis.num_tiles(n) for axis, n in zip(axes, tile, strict=True)])
-    rows = math.prod(tile)
+    rows = -(-math.prod(tile) // cost.block) * cost.block
     keys, seen = 1, 1.0  # keys of a tile, and keys paid per row
     for i in reversed(order):
         span, window = axes[i].span(tile[i]), min(axes[i].window_size, axes[i].longest)

@@ -1,0 +1,226 @@
+"""The Triton kernel: rows and keys of a tile are looked up in per-axis tables, in place."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def split_slots(index, n_1, n_2):
+    """Slots on the three axes of numbers within a tile, the slowest axis first."""
+    rest = index // n_2
+    return rest // n_1, rest % n_1, index % n_2
+
+
+@triton.jit
+def look_up(p_keys, i_tile, span, slot, mask):
+    """Positions of key slots of one axis."""
+    return tl.load(p_keys + i_tile * span + slot, mask=mask, other=0)
+
+
+@triton.jit
+def row_bounds(p_rows, i_tile, num_tiles, tile, slot, mask):
+    """First key slot that a query slot sees, and one past the last."""
+    p_low = p_rows + (num_tiles + i_tile) * tile + slot
+    low = tl.load(p_low, mask=mask, other=0)
+    high = tl.load(p_low + num_tiles * tile, mask=mask, other=0)
+    return low, high
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_special",
+        *[f"{name}_{axis}" for name in ("tiles", "tile", "span") for axis in range(3)],
+        "row_blocks",
+        "num_heads",
+        "groups",
+        "seq_len",
+        "mask_batch",
+        "mask_head",
+        "mask_token",
+    ]
+)
+def grid_window_fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,
+    p_lse,
+    p_seen,  # uint8, 0 where a key is hidden
+    p_bias,  # float32, added to the scores of a key
+    p_rows_0,  # int32 [3, num_tiles, tile]: position, low, high
+    p_rows_1,
+    p_rows_2,
+    p_keys_0,  # int32 [num_tiles, span]: position
+    p_keys_1,
+    p_keys_2,
+    p_counts_0,  # int32 [2, num_tiles]: used query slots, used key slots
+    p_counts_1,
+    p_counts_2,
+    p_special,  # int32: positions of the special tokens
+    num_special,
+    tiles_0,
+    tiles_1,
+    tiles_2,
+    tile_0,
+    tile_1,
+    tile_2,
+    span_0,
+    span_1,
+    span_2,
+    row_blocks,  # of a tile
+    num_heads,
+    groups,
+    seq_len,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    out_batch,
+    out_head,
+    out_token,
+    mask_batch,
+    mask_head,
+    mask_token,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    MASKED_0: tl.constexpr,
+    MASKED_1: tl.constexpr,
+    MASKED_2: tl.constexpr,
+    SPECIAL_ROWS: tl.constexpr,  # rows are the special tokens, and see all of the only tile
+    HAS_SPECIAL: tl.constexpr,
+    HAS_SEEN: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """One block of rows of one tile and head, over the keys of the tile and the special tokens."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    LN2: tl.constexpr = 0.6931471805599453
+    i_block = tl.program_id(0) % row_blocks
+    i_tile = tl.program_id(0) // row_blocks
+    i_batch = (tl.program_id(1) // num_heads).to(tl.int64)
+    i_head = (tl.program_id(1) % num_heads).to(tl.int64)
+    i_2 = i_tile % tiles_2
+    i_1 = i_tile // tiles_2 % tiles_1
+    i_0 = i_tile // (tiles_2 * tiles_1)
+    keys_0 = tl.load(p_counts_0 + tiles_0 + i_0)
+    keys_1 = tl.load(p_counts_1 + tiles_1 + i_1)
+    keys_2 = tl.load(p_counts_2 + tiles_2 + i_2)
+    num_keys = keys_0 * keys_1 * keys_2
+
+    slot = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
+    first = 0
+    last = num_keys
+    if SPECIAL_ROWS:
+        num_rows = num_special
+        m_row = slot < num_rows
+        row = tl.load(p_special + slot, mask=m_row, other=0)
+    else:
+        rows_1 = tl.load(p_counts_1 + i_1)
+        rows_2 = tl.load(p_counts_2 + i_2)
+        num_rows = tl.load(p_counts_0 + i_0) * rows_1 * rows_2
+        m_row = slot < num_rows
+        row_0, row_1, row_2 = split_slots(slot, rows_1, rows_2)
+        row = tl.load(p_rows_0 + i_0 * tile_0 + row_0, mask=m_row, other=0)
+        row += tl.load(p_rows_1 + i_1 * tile_1 + row_1, mask=m_row, other=0)
+        row += tl.load(p_rows_2 + i_2 * tile_2 + row_2, mask=m_row, other=0)
+        if MASKED_0:
+            low_0, high_0 = row_bounds(p_rows_0, i_0, tiles_0, tile_0, row_0, m_row)
+            # keys are in the order of this axis: those before and after all rows are not visited
+            first = tl.min(tl.where(m_row, low_0, keys_0), 0) * keys_1 * keys_2
+            last = tl.max(tl.where(m_row, high_0, 0), 0) * keys_1 * keys_2
+        if MASKED_1:
+            low_1, high_1 = row_bounds(p_rows_1, i_1, tiles_1, tile_1, row_1, m_row)
+        if MASKED_2:
+            low_2, high_2 = row_bounds(p_rows_2, i_2, tiles_2, tile_2, row_2, m_row)
+
+    row = row.to(tl.int64)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    p_q += i_batch * q_batch + i_head * q_head
+    p_k += i_batch * k_batch + (i_head // groups) * k_head
+    p_v += i_batch * v_batch + (i_head // groups) * v_head
+    p_mask_base = i_batch * mask_batch + i_head * mask_head
+    m_d = d < HEAD_DIM
+    m_e = e < VALUE_DIM
+    b_q = tl.load(
+        p_q + row[:, None] * q_token + d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0
+    )
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    end = last
+    if HAS_SPECIAL:
+        end = last + num_special
+    end = tl.where(i_block * BLOCK_M < num_rows, end, first)  # tiles at the border are shorter
+    for start in tl.range(first, end, BLOCK_N):
+        n = start + tl.arange(0, BLOCK_N)
+        m_grid = n < last
+        s_0, s_1, s_2 = split_slots(n, keys_1, keys_2)
+        key = look_up(p_keys_0, i_0, span_0, s_0, m_grid)
+        key += look_up(p_keys_1, i_1, span_1, s_1, m_grid)
+        key += look_up(p_keys_2, i_2, span_2, s_2, m_grid)
+        m_key = n < end
+        if HAS_SPECIAL:
+            key += tl.load(p_special + (n - last), mask=m_key & (n >= last), other=0)
+        key = key.to(tl.int64)
+        b_k = tl.load(
+            p_k + key[None, :] * k_token + d[:, None], mask=m_key[None, :] & m_d[:, None], other=0.0
+        )
+        scores = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2
+        if HAS_BIAS:
+            bias = tl.load(p_bias + p_mask_base + key * mask_token, mask=m_key, other=0.0)
+            # the lowest finite value must not become -inf: a row of it is a plain mean
+            bias = tl.where(bias > -float("inf"), tl.maximum(bias * LOG2E, -2e38), bias)
+            scores += bias[None, :]
+        if HAS_SEEN:
+            seen = tl.load(p_seen + p_mask_base + key * mask_token, mask=m_key, other=0)
+            m_key = m_key & (seen != 0)
+        m = m_key[None, :]
+        if not SPECIAL_ROWS:
+            m_special = (n >= last)[None, :]
+            if MASKED_0:
+                m &= (s_0[None, :] >= low_0[:, None]) & (s_0[None, :] < high_0[:, None]) | m_special
+            if MASKED_1:
+                m &= (s_1[None, :] >= low_1[:, None]) & (s_1[None, :] < high_1[:, None]) | m_special
+            if MASKED_2:
+                m &= (s_2[None, :] >= low_2[:, None]) & (s_2[None, :] < high_2[:, None]) | m_special
+        scores = tl.where(m, scores, -float("inf"))
+        now = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(now == -float("inf"), 0.0, now)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(peak - base)
+        total = total * shrink + tl.sum(weights, 1)
+        b_v = tl.load(
+            p_v + key[:, None] * v_token + e[None, :], mask=m_key[:, None] & m_e[None, :], other=0.0
+        )
+        acc = acc * shrink[:, None]
+        acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
+        peak = now
+
+    is_empty = total == 0.0
+    out = acc / tl.where(is_empty, 1.0, total)[:, None]
+    p_out += i_batch * out_batch + i_head * out_head
+    tl.store(
+        p_out + row[:, None] * out_token + e[None, :],
+        out.to(p_out.dtype.element_ty),
+        mask=m_row[:, None] & m_e[None, :],
+    )
+    if HAS_LSE:
+        lse = tl.where(
+            is_empty, -float("inf"), (peak + tl.log2(tl.where(is_empty, 1.0, total))) * LN2
+        )
+        tl.store(p_lse + (i_batch * num_heads + i_head) * seq_len + row, lse, mask=m_row)

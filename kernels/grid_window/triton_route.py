@@ -1,0 +1,234 @@
+"""Route through Triton on a GPU: settings, tables and launch."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .axes import AxisTables
+from .pattern import Pattern
+from .positions import axis_steps, first_grid_position, special_token_positions
+
+DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+MAX_HEAD_DIM = 256
+LOG2E = 1 / math.log(2)
+
+
+class Launch(NamedTuple):
+    """Tile of a program, and how many warps and stages work on it."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+class AxisArrays(NamedTuple):
+    """Tables of one axis as the kernel reads them: int32, positions in the sequence."""
+
+    rows: Tensor  # [3, num_tiles, tile]: position, low, high
+    keys: Tensor  # [num_tiles, span]
+    counts: Tensor  # [2, num_tiles]: used query slots, used key slots
+    is_masked: bool
+
+
+class TritonPlan(NamedTuple):
+    """What depends on the pattern only; axes slowest first."""
+
+    axes: tuple[AxisArrays, AxisArrays, AxisArrays]
+    whole: tuple[AxisArrays, AxisArrays, AxisArrays]  # one tile with all keys, for special rows
+    special: Tensor
+
+
+def triton_supports(device: str, dtype: torch.dtype, head_dim: int) -> tuple[bool, str]:
+    """Whether the Triton kernel can run a call, and the reason if not."""
+    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
+        return False, f"tensors on {device}; the Triton kernel runs on a GPU"
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed; pip install triton"
+    if dtype not in DTYPES:
+        return False, f"{dtype}; the Triton kernel takes float16, bfloat16 and float32"
+    if head_dim > MAX_HEAD_DIM:
+        return False, f"head dim {head_dim}; the Triton kernel takes at most {MAX_HEAD_DIM}"
+    return True, ""
+
+
+def choose_launch(head_dim: int, element_size: int, rows: int, capability: int) -> Launch:
+    """Settings that compile without spills; not tuned on a device yet.
+
+    Args:
+        head_dim: Of keys or values, the larger.
+        element_size: Bytes of an element.
+        rows: Query rows of a tile.
+        capability: Of the device, times ten: 90 for an H100.
+    """
+    if element_size == 4:
+        return Launch(32, 32, 4, 1) if head_dim <= 64 else Launch(32, 16, 8, 1)
+    if head_dim > 128:
+        return Launch(64, 32 if capability >= 90 else 16, 8, 2)
+    if rows <= 64 and head_dim <= 64:
+        return Launch(64, 64, 4, 3)
+    return Launch(128, 64 if capability >= 90 or head_dim <= 64 else 32, 8, 3)
+
+
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 90  # interpreted
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def triton_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: Pattern,
+    attn_mask: Tensor | None,
+    shift: Tensor | None,
+    scale: float,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Output `[B, H, S, D_v]` and log-sum-exp `[B, H, S]` or None."""
+    batch, heads, seq_len, _ = q.shape
+    out = v.new_empty(batch, seq_len, heads, v.shape[3]).transpose(1, 2)
+    lse = q.new_empty(batch, heads, seq_len, dtype=torch.float32) if with_lse else None
+    q, k, v = [x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v)]
+    if shift is None:
+        plan = _plan_cached(pattern, q.device)
+    else:
+        plan = plan_triton(pattern, q.device, shift)
+    _launch(q, k, v, out, lse, plan, attn_mask, scale, False)
+    if plan.special.shape[0]:
+        _launch(q, k, v, out, lse, plan, attn_mask, scale, True)
+    return out, lse
+
+
+@lru_cache(maxsize=128)
+def _plan_cached(pattern: Pattern, device: torch.device) -> TritonPlan:
+    return plan_triton(pattern, device, None)
+
+
+def plan_triton(pattern: Pattern, device: torch.device, shift: Tensor | None) -> TritonPlan:
+    """Tables of a pattern in the form that the kernel reads, without waiting for the device."""
+    tables = pattern.tables(device, shift, pattern.block_tile())
+    steps, shape, grid = axis_steps(pattern.grid), pattern.grid.shape, pattern.grid
+    axes, whole = [], []
+    for n, i in enumerate(pattern.order):
+        first = first_grid_position(grid) if n == 0 else 0
+        axes.append(_axis_arrays(tables[i], steps[i], first))
+        everything = torch.arange(shape[i], device=device)[None] * steps[i] + first
+        whole.append(
+            AxisArrays(
+                everything.expand(3, 1, -1).to(torch.int32).contiguous(),
+                everything.to(torch.int32),
+                torch.full((2, 1), shape[i], dtype=torch.int32, device=device),
+                False,
+            )
+        )
+    special = special_token_positions(grid, device).to(torch.int32)
+    return TritonPlan((axes[0], axes[1], axes[2]), (whole[0], whole[1], whole[2]), special)
+
+
+def _axis_arrays(table: AxisTables, step: int, first: int) -> AxisArrays:
+    """Positions and used slots of one axis; padding comes last in a tile and is cut off."""
+    rows = torch.stack([table.queries * step + first, table.low, table.high])
+    num_keys = torch.where(table.is_query, table.high, 0).amax(1)
+    counts = torch.stack([table.is_query.sum(1), num_keys])
+    return AxisArrays(
+        rows.to(torch.int32),
+        (table.keys * step + first).to(torch.int32).contiguous(),
+        counts.to(torch.int32),
+        table.hides_keys,
+    )
+
+
+def _launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    plan: TritonPlan,
+    attn_mask: Tensor | None,
+    scale: float,
+    special_rows: bool,
+) -> None:
+    from .triton_kernel import grid_window_fwd_kernel
+
+    batch, heads, seq_len, dim = q.shape
+    axes = plan.whole if special_rows else plan.axes
+    tiles = [axis.keys.shape[0] for axis in axes]
+    rows = [axis.rows.shape[2] for axis in axes]
+    num_rows = plan.special.shape[0] if special_rows else math.prod(rows)
+    widest = max(dim, v.shape[3])
+    launch = choose_launch(widest, q.element_size(), num_rows, _capability(q.device))
+    row_blocks = -(-num_rows // launch.block_m)
+    masks, strides = _key_mask(attn_mask)
+    grid = (math.prod(tiles) * row_blocks, batch * heads)
+    grid_window_fwd_kernel[grid](
+        q,
+        k,
+        v,
+        out,
+        lse,
+        *masks,
+        *[axis.rows for axis in axes],
+        *[axis.keys for axis in axes],
+        *[axis.counts for axis in axes],
+        plan.special,
+        plan.special.shape[0],
+        *tiles,
+        *rows,
+        *[axis.keys.shape[1] for axis in axes],
+        row_blocks,
+        heads,
+        heads // k.shape[1],
+        seq_len,
+        *q.stride()[:3],
+        *k.stride()[:3],
+        *v.stride()[:3],
+        *out.stride()[:3],
+        *strides,
+        scale * LOG2E,
+        num_warps=launch.num_warps,
+        num_stages=launch.num_stages,
+        **kernel_constants(axes, dim, v.shape[3], launch),
+        SPECIAL_ROWS=special_rows,
+        HAS_SPECIAL=plan.special.shape[0] > 0,
+        HAS_SEEN=masks[0] is not None,
+        HAS_BIAS=masks[1] is not None,
+        HAS_LSE=lse is not None,
+    )
+
+
+def kernel_constants(
+    axes: tuple[AxisArrays, AxisArrays, AxisArrays], dim: int, dim_v: int, launch: Launch
+) -> dict[str, Any]:
+    """Compile-time arguments that depend on shapes."""
+    return {
+        "HEAD_DIM": dim,
+        "VALUE_DIM": dim_v,
+        "BLOCK_M": launch.block_m,
+        "BLOCK_N": launch.block_n,
+        "BLOCK_D": max(16, 1 << (dim - 1).bit_length()),
+        "BLOCK_V": max(16, 1 << (dim_v - 1).bit_length()),
+        **{f"MASKED_{n}": axis.is_masked for n, axis in enumerate(axes)},
+    }
+
+
+def _key_mask(attn_mask: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+    """Key mask as `(seen, bias)`, one of them at most, and its strides."""
+    if attn_mask is None:
+        return [None, None], [0, 0, 0]
+    row = attn_mask[:, :, 0]
+    is_bool = row.dtype == torch.bool
+    row = row.view(torch.uint8) if is_bool else row.to(torch.float32)
+    sizes = zip(row.shape, row.stride(), strict=True)
+    strides = [0 if size == 1 else stride for size, stride in sizes]
+    return [row, None] if is_bool else [None, row], strides
