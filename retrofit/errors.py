@@ -57,9 +57,17 @@ class NonFiniteError(RetrofitError):
     """NaN or infinity came out of a patched model; the message names the site and the step."""
 
 
+LISTED = 12  # names in an error message
+
+
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Say which names exist, the nearest first, for the end of an error message."""
     known = sorted(choices)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    listed = ", ".join(known) if known else "none"
-    return f"Did you mean {' or '.join(near)}? Known: {listed}." if near else f"Known: {listed}."
+    others = [choice for choice in known if choice not in near]
+    listed = ", ".join(others[:LISTED]) if others else "none"
+    if len(others) > LISTED:
+        listed += f" and {len(others) - LISTED} more"
+    if not near:
+        return f"Known: {listed}."
+    return f"Did you mean {' or '.join(near)}?" + (f" Others: {listed}." if others else "")

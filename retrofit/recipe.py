@@ -66,9 +66,16 @@ class Recipe:
         """
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where}: expected a mapping, got {type(data).__name__}.")
-        problems = [_unknown(key, KEYS, "key") for key in data if key not in KEYS]
         name = data.get("method")
         config = METHODS.get(name) if isinstance(name, str) else None
+        settings = {f.name for f in dataclasses.fields(config)} if config is not None else set()
+        problems = [
+            f"{key!r} is a parameter of {name}: write it below `parameters:`."
+            if key in settings
+            else _unknown(key, KEYS, "key")
+            for key in data
+            if key not in KEYS
+        ]
         if config is None:
             problems.append(f"method {name!r} does not exist. {suggest(str(name), METHODS)}")
         parameters = data.get("parameters") or {}

@@ -100,6 +100,19 @@ def test_a_misspelt_recipe_key_names_the_nearest(refused, encoder, tmp_path):
     assert "'site' is no key: did you mean 'sites'?" in line  # all mistakes at once
 
 
+def test_a_parameter_beside_the_recipes_keys_is_shown_its_place(refused, encoder, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_text("method: window\nkeep: 0.5\n")
+    err = refused("patch", encoder, "--recipe", file, "-o", tmp_path / "out")
+    assert "'keep' is a parameter of window: write it below `parameters:`" in err
+
+
+def test_an_error_with_json_is_an_object_too(run_command, tmp_path):
+    answer = run_command("patch", tmp_path / "none", "--method", "window", "--dry-run", "--json")
+    assert answer.code == answer.json["exit_code"] == 2
+    assert answer.err == f"error: {answer.json['error']}\n"
+
+
 def test_a_recipe_that_is_not_there(refused, encoder, tmp_path):
     line = refused("patch", encoder, "--recipe", "no-such.yaml", "-o", tmp_path / "out")
     assert "no-such.yaml: can't be read" in line
@@ -237,6 +250,13 @@ def test_a_broken_checkpoint(breaking, message, refused, encoder, copy_of, tmp_p
     folder = copy_of(encoder)
     breaking(folder)
     assert message in refused(*_patch(folder, tmp_path / "out"))
+
+
+@pytest.mark.parametrize("breaking", [_cut, _pickle_only])
+def test_a_dry_run_refuses_what_the_real_one_would(breaking, refused, encoder, copy_of):
+    folder = copy_of(encoder)
+    breaking(folder)
+    assert "safetensors" in refused("patch", folder, "--method", "window", "--dry-run")
 
 
 def test_nothing_runs_before_the_shards_are_known_to_be_whole(

@@ -19,6 +19,7 @@ from retrofit.checkpoint.manifest import (
 )
 from retrofit.checkpoint.opening import build_networks, check_weights, load_networks
 from retrofit.checkpoint.verifying import require_patched
+from retrofit.checkpoint.weights import PICKLES
 from retrofit.checkpoint.writing import (
     Advance,
     copy_files,
@@ -68,6 +69,11 @@ class Plan:
             return [""]
         patched = [network.component for network, _ in self.handle.networks]
         return list(dict.fromkeys([*patched, *self.recipe.components]))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether any weights lie there, pickles included; a dry run works on configs alone."""
+        return any(Path(path).suffix in (".safetensors", *PICKLES) for path in self.files)
 
     @property
     def num_bytes(self) -> int:

@@ -38,7 +38,9 @@ def refuse_output(out: Path, source: Path, *, force: bool, names: set[str]) -> N
         InputError: If it exists, lies inside the source or around it, or can't be written there.
     """
     target, origin = out.resolve(), source.resolve()
-    if target == origin or origin in target.parents:
+    if target == origin:
+        raise InputError(f"{out}: is the checkpoint itself, which is never changed. Give another.")
+    if origin in target.parents:
         raise InputError(f"{out}: lies inside the checkpoint itself. Give a folder outside it.")
     if target in origin.parents:
         raise InputError(f"{out}: contains the checkpoint itself. Give another folder.")

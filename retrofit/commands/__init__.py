@@ -26,7 +26,7 @@ from retrofit.commands import (
     unpatch,
     verify,
 )
-from retrofit.commands.console import say
+from retrofit.commands.console import print_json, result, say
 from retrofit.errors import RetrofitError
 
 INTERRUPTED = 130
@@ -95,7 +95,8 @@ def about(
     $ retrofit verify sdxl-hidiffusion/
     $ retrofit unpatch sdxl-hidiffusion/ -o sdxl-again/
 
-    Exit codes: 0 done; 2 wrong input, nothing written; 1 a failure; 130 Ctrl-C.
+    Exit codes: 0 done; 2 wrong input, nothing written; 1 a failure; 130 Ctrl-C. With --json an
+    error is an object too, with `error` and `exit_code`.
     """
 
 
@@ -125,11 +126,19 @@ def run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         line, code = describe_error(error)
-        say(f"error: {line}")
-        return code
+        return _fail(f"error: {line}", code, as_json="--json" in arguments)
     if code == INTERRUPTED:
-        say("stopped; nothing was left half-written.")
+        line = "stopped; nothing was left half-written."
+        return _fail(line, code, as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
+
+
+def _fail(line: str, code: int, *, as_json: bool) -> int:
+    """Say what went wrong: a line for people, and an object where one was asked for."""
+    say(line)
+    if as_json:
+        print_json(result(error=line.removeprefix("error: "), exit_code=code))
+    return code
 
 
 def describe_error(error: Exception) -> tuple[str, int]:

@@ -42,7 +42,7 @@ def run(
         bool,
         typer.Option(
             "--dry-run",
-            help="Only say what would be patched; reads no weights.",
+            help="Only say what would be patched, and whether it could be.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = False,
@@ -111,10 +111,11 @@ def run(
     proof = None
     if out is not None:
         refuse_target(plan, out, force=force)
-    if out is not None and not dry_run:
+    if not dry_run or plan.has_weights:
         from retrofit.checkpoint.opening import check_weights
 
         check_weights(plan.checkpoint)
+    if out is not None and not dry_run:
         if not no_proof:
             where = pick_device(device)
             say(f"proving the patch on {where} ...")

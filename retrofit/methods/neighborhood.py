@@ -71,7 +71,7 @@ class NeighborhoodConfig(Method):
         problems = check_window_settings(self.window_size, self.keep)
         problems += check_at_least_one("stride", self.stride)
         problems += check_at_least_one("dilation", self.dilation)
-        if self.window_size is not None:
+        if self.window_size is not None and not problems:
             pairs = zip(per_axis(self.window_size), per_axis(self.stride), strict=True)
             if any(stride > window for window, stride in pairs):
                 problems.append(

@@ -39,6 +39,21 @@ def test_a_misspelt_method_names_the_nearest(run_command):
     assert "Did you mean hidiffusion?" in answer.err
 
 
+def test_one_family_is_documented_with_its_recipes(run_command):
+    out = run_command("families", "wan").out
+    assert "Wan-AI/" in out
+    assert "wan_freeswim_720p" in out
+    described = run_command("families", "wan", "--json").json["families"]
+    assert "wan_t3" in described["wan"]["recipes"]
+    assert described.keys() == {"wan"}
+
+
+def test_a_family_that_is_none(run_command):
+    answer = run_command("families", "wann")
+    assert answer.code == 2
+    assert "Did you mean wan?" in answer.err
+
+
 def test_families_lists_each(run_command):
     out = run_command("families").out
     assert all(name in out for name in FAMILIES)
