@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from retrofit import compare
 from retrofit.compare import compare_models, measure, peak_memory
-from retrofit.compare.measure import ModelCall, ModelInput, Spread
+from retrofit.compare.measure import ModelCall, ModelInput
 from retrofit.compare.metrics import cosine, metrics_for, neighbour_agreement, relative_error
 from retrofit.compare.peak_memory import (
     MemoryJob,
@@ -31,6 +31,7 @@ from retrofit.methods.hidiffusion import HiDiffusionConfig
 from retrofit.methods.window import WindowConfig
 from retrofit.patching import patch
 from retrofit.recipe import Recipe
+from retrofit.timing import Spread
 from tests import tiny_models
 
 HALF = Recipe(method=WindowConfig(keep=0.5))

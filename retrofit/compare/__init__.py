@@ -13,10 +13,8 @@ from torch import Tensor, nn
 
 from retrofit.compare.measure import (
     ModelInput,
-    Spread,
     describe_machine,
     find_network,
-    load_average,
     run_input,
     time_input,
 )
@@ -26,6 +24,7 @@ from retrofit.errors import InputError, NonFiniteError
 from retrofit.networks import FoundNetwork
 from retrofit.patching import Patch, patch
 from retrofit.recipe import Recipe
+from retrofit.timing import Spread, load_average
 
 DENSE = "dense"
 MEASURED_INPUTS = 8  # inputs on which the kept fraction is measured, before anything is timed

@@ -7,7 +7,6 @@ import platform
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from retrofit.checkpoint.manifest import current_versions
 from retrofit.compare.metrics import output_tensor
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.patching import Patch
+from retrofit.timing import processor_name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,41 +49,6 @@ class ModelInput:
     calls: tuple[ModelCall, ...]
     network: str = ""
     tokens: int | None = None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Spread:
-    """Several measurements of one thing.
-
-    Attributes:
-        values: In order of the inputs (metrics) or of the measurements (seconds, speed).
-    """
-
-    values: tuple[float, ...]
-
-    def quantile(self, fraction: float) -> float:
-        """Value below which a fraction of the measurements lies, interpolated."""
-        ordered = torch.tensor(self.values, dtype=torch.float64)
-        return float(ordered.quantile(fraction))
-
-    @property
-    def median(self) -> float:
-        """The middle one."""
-        return self.quantile(0.5)
-
-    @property
-    def mean(self) -> float:
-        """Their sum over their number."""
-        return sum(self.values) / len(self.values)
-
-    def to_dict(self) -> dict[str, float]:
-        """Median, smallest, largest, and the mean."""
-        return {
-            "median": self.median,
-            "min": min(self.values),
-            "max": max(self.values),
-            "mean": self.mean,
-        }
 
 
 def find_network(target: Any, name: str, components: tuple[str, ...] = ()) -> FoundNetwork:
@@ -147,23 +112,10 @@ def describe_machine(module: torch.nn.Module) -> dict[str, Any]:
     place = next(module.parameters())
     is_cuda = place.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(place.device) if is_cuda else _processor(),
+        "device": torch.cuda.get_device_name(place.device) if is_cuda else processor_name(),
         "dtype": str(place.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "platform": platform.platform(),
         "versions": current_versions(),
     }
-
-
-def load_average() -> float | None:
-    """Processes that wanted a core in the last minute, None where the system doesn't say."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return f"CPU, {line.split(':', 1)[1].strip()}"
-    return f"CPU, {platform.processor() or platform.machine()}"

@@ -7,9 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from retrofit.compare.measure import Spread
 from retrofit.compare.metrics import GroupMetric, Metric
 from retrofit.compare.result import Comparison, Row
+from retrofit.timing import Spread
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from retrofit.compare.measure import Spread
 from retrofit.compare.metrics import Metric
 from retrofit.patching import PatchReport
 from retrofit.recipe import Recipe
+from retrofit.timing import Spread
 
 ALLOWANCE = (0.05, 16 * 2**20)  # of peak memory: fraction of dense's, and bytes for packing
 
