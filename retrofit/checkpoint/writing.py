@@ -19,6 +19,7 @@ from pathlib import Path
 from retrofit.checkpoint import PARTIAL
 from retrofit.checkpoint.manifest import CHUNK, MANIFEST, FileRecord, sample_file
 from retrofit.errors import InputError, RetrofitError
+from retrofit.interrupts import raise_if_interrupted
 
 Advance = Callable[[int], object]
 REPLACED = ".retrofit-replaced-"
@@ -88,6 +89,7 @@ def new_folder(out: Path) -> Iterator[Path]:
         yield hidden
         for folder, _, _ in os.walk(hidden):
             _flush_folder(Path(folder))
+        raise_if_interrupted()
         _take_name(hidden, out)
         _flush_folder(out.parent)
     except BaseException:

@@ -19,6 +19,7 @@ from retrofit.commands import (
     compare,
     doctor,
     families,
+    generate,
     inspect,
     methods,
     patch,
@@ -28,6 +29,7 @@ from retrofit.commands import (
 )
 from retrofit.commands.console import print_json, result, say
 from retrofit.errors import RetrofitError
+from retrofit.interrupts import raise_if_interrupted, watched
 
 INTERRUPTED = 130
 PERMISSIONS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -41,6 +43,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "patch": patch.run,
     "verify": verify.run,
     "compare": compare.run,
+    "generate": generate.run,
     "unpatch": unpatch.run,
 }
 
@@ -119,7 +122,9 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        code = app(arguments, prog_name="retrofit", standalone_mode=False)
+        with watched():
+            code = app(arguments, prog_name="retrofit", standalone_mode=False)
+            raise_if_interrupted()
     except KeyboardInterrupt:
         code = INTERRUPTED
     except Exception as error:  # noqa: BLE001 - the boundary: nothing passes as a traceback

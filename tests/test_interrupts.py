@@ -1,0 +1,85 @@
+"""Ctrl-C: held back during an import, found again when a library swallowed it."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from retrofit.checkpoint.writing import new_folder
+from retrofit.interrupts import raise_if_interrupted, watched
+
+
+@pytest.fixture(autouse=True)
+def usual_handler():
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_it_is_raised_at_once_outside_imports():
+    with pytest.raises(KeyboardInterrupt), watched():
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("went on")
+
+
+def test_an_import_is_finished_first(tmp_path, monkeypatch):
+    (tmp_path / "slow_to_import.py").write_text(
+        "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.3)\nDONE = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(KeyboardInterrupt), watched():
+        import slow_to_import  # noqa: F401
+
+        time.sleep(5)
+    assert sys.modules.pop("slow_to_import").DONE
+
+
+def test_one_that_a_library_swallowed_publishes_nothing(tmp_path):
+    out = tmp_path / "out"
+    with pytest.raises(KeyboardInterrupt), watched(), new_folder(out) as folder:
+        (folder / "file").write_text("whole")
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except BaseException:  # noqa: BLE001 - what a careless library does
+            pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_next_block_starts_afresh():
+    with pytest.raises(KeyboardInterrupt), watched():
+        signal.raise_signal(signal.SIGINT)
+    with watched():
+        raise_if_interrupted()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_process_that_ignores_it_goes_on_ignoring():
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with watched():
+        signal.raise_signal(signal.SIGINT)
+        raise_if_interrupted()
+    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+
+
+def test_the_command_line_survives_it_while_pytorch_is_imported(tmp_path: Path):
+    program = (
+        "import signal, sys, builtins\n"
+        "from retrofit.commands import main\n"
+        "class Press:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name == 'torch._C':\n"
+        "            sys.meta_path.remove(self)\n"
+        "            signal.raise_signal(signal.SIGINT)\n"
+        "sys.meta_path.insert(0, Press())\n"
+        "main(['doctor'])\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, cwd=tmp_path
+    )
+    assert done.returncode == 130, done.stderr
+    assert done.stderr == "stopped; nothing was left half-written.\n"
