@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrofit.checkpoint import hub
+from retrofit.checkpoint.bundled import resolve_bundled
 from retrofit.checkpoint.manifest import MANIFEST, Manifest
 from retrofit.checkpoint.single_file import denoising_component, guess_config_repo, holds_pipeline
 from retrofit.checkpoint.weights import PICKLES, find_weights, refuse_pickle
@@ -71,7 +72,8 @@ def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = ""
 
     Args:
         model: A folder (pipeline, one component, transformers model), a hub id
-            (`owner/name[/folder][@revision]`), or a single `.safetensors` file.
+            (`owner/name[/folder][@revision]`), a single `.safetensors` file, or `shapes`, the
+            small model that comes with the source.
         weights: Whether a hub id fetches weights too.
         config: For a single file: a folder or hub id with its configs.
 
@@ -79,7 +81,7 @@ def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = ""
         NotFoundError: If there is nothing of that name.
         CheckpointError: If it is not a checkpoint, an interrupted write, or a pickle.
     """
-    path = Path(model).expanduser()
+    path = Path(resolve_bundled(model)).expanduser()
     _refuse_partial(path)
     if path.is_dir():
         return identify(path, str(model))

@@ -1,0 +1,187 @@
+"""Watch the denoising network of a pipeline: how long its calls take, and whether they are finite.
+
+The times of a patched run and one dense call on the same inputs give what the patch saved.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from retrofit.errors import NonFiniteError
+
+DTYPES = "Try --dtype float32 or bfloat16 instead of float16."
+
+
+@dataclass(frozen=True, kw_only=True)
+class TimeSaved:
+    """A patched run's denoising against the same run dense.
+
+    Attributes:
+        calls: Of the denoising network.
+        patched_seconds: All of them, as measured.
+        dense_call_seconds: One dense call on the inputs of the last, after the run.
+    """
+
+    calls: int
+    patched_seconds: float
+    dense_call_seconds: float
+
+    @property
+    def dense_seconds(self) -> float:
+        """All calls, had they been dense."""
+        return self.calls * self.dense_call_seconds
+
+    @property
+    def seconds(self) -> float:
+        """What the patch saved; below 0 where it cost more than it saved."""
+        return self.dense_seconds - self.patched_seconds
+
+    @property
+    def fraction(self) -> float:
+        """The same as a part of the dense time."""
+        return self.seconds / self.dense_seconds
+
+
+@dataclass(kw_only=True)
+class Watch:
+    """Hooks on a denoising network.
+
+    Attributes:
+        network: It.
+        name: Its component, for messages.
+        step: Index of the present step.
+        num_steps: Of the run.
+        seconds: Of every call.
+        keep_last: Whether to hold on to the inputs of the last step's call.
+        last: Those inputs.
+    """
+
+    network: nn.Module
+    name: str
+    step: int = 0
+    num_steps: int = 0
+    seconds: list[float] = field(default_factory=list)
+    keep_last: bool = False
+    last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
+    _started: float = 0.0
+    _handles: list[Any] = field(default_factory=list)
+
+    def __enter__(self) -> Watch:
+        """Hook in."""
+        self._handles = [
+            self.network.register_forward_pre_hook(self._before, with_kwargs=True),
+            self.network.register_forward_hook(self._after, with_kwargs=True),
+        ]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Unhook."""
+        for handle in self._handles:
+            handle.remove()
+
+    def begin(self, num_steps: int) -> None:
+        """A run begins."""
+        self.step, self.num_steps, self.last = 0, num_steps, None
+
+    def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.keep_last and self.step == self.num_steps - 1:
+            self.last = args, kwargs
+        _finish(args, kwargs)
+        self._started = time.perf_counter()
+
+    def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        _finish(args, kwargs)
+        self.seconds.append(time.perf_counter() - self._started)
+        result = _first_tensor(output)
+        if result is not None and not bool(torch.isfinite(result).all()):
+            self._blame(args, kwargs)
+
+    def _blame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run once more to name the first module whose result is not finite."""
+        where = f"at step {self.step} of {self.num_steps}"
+        if not all(map(_is_finite, (*args, *kwargs.values()))):
+            raise NonFiniteError(
+                f"{self.name}: got NaN or infinity as input {where}: the step before or the text "
+                f"encoder overflowed. {DTYPES}"
+            )
+        found: list[str] = []
+        with self._paused(), _noting_nonfinite(self.network, found):
+            self.network(*args, **kwargs)
+        site = ".".join((self.name, found[0])) if found and found[0] else self.name
+        raise NonFiniteError(f"{site}: NaN or infinity {where}. {DTYPES}")
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+    def time_last_again(self) -> float:
+        """Seconds of one more call on the last step's inputs, as the network is now."""
+        assert self.last is not None  # noqa: S101 - the caller has looked
+        args, kwargs = self.last
+        with torch.no_grad():
+            _finish(args, kwargs)
+            started = time.perf_counter()
+            self.network(*args, **kwargs)
+            _finish(args, kwargs)
+        return time.perf_counter() - started
+
+
+def watch_denoiser(pipeline: Any) -> Watch:
+    """A watch on the network that a pipeline calls at every step."""
+    name = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
+    return Watch(network=getattr(pipeline, name), name=name)
+
+
+@contextmanager
+def _noting_nonfinite(network: nn.Module, found: list[str]) -> Iterator[None]:
+    """Paths of modules with a result that is not finite, innermost and earliest first."""
+
+    def note(path: str, output: Any) -> None:
+        result = _first_tensor(output)
+        if result is not None and not bool(torch.isfinite(result).all()):
+            found.append(path)
+
+    handles = [
+        module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
+        for path, module in network.named_modules()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _first_tensor(value: Any) -> Tensor | None:
+    """The first floating tensor of an output."""
+    if isinstance(value, Tensor):
+        return value if value.is_floating_point() else None
+    if isinstance(value, Mapping):
+        value = tuple(value.values())
+    if isinstance(value, (tuple, list)) and value:
+        return _first_tensor(value[0])
+    return None
+
+
+def _is_finite(value: Any) -> bool:
+    return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
+
+
+def _finish(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Wait for the device that the inputs are on."""
+    for value in (*args, *kwargs.values()):
+        if isinstance(value, Tensor):
+            if value.is_cuda:
+                torch.cuda.synchronize(value.device)
+            return
