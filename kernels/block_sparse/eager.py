@@ -12,6 +12,11 @@ from retrofit.kernels.block_sparse.plain import Problem, attend_eagerly, new_res
 
 # Scores of one product. Products in float32 gain nothing from size, those in bfloat16 do.
 CHUNK_BYTES = {torch.float32: 2**19, torch.bfloat16: 2**20}
+# A product in bfloat16 rounds a score of 8 by up to 2^-6, and so a weight by 1.6%. Over many rows
+# and small scores that averages out; beyond either limit scores are made with their remainder.
+MAX_ROUNDED_SCORE = 8.0
+MIN_ROUNDED_ROWS = 64
+SAMPLED = 8  # every how many rows are looked at
 
 
 def attend_on_cpu(
@@ -20,7 +25,8 @@ def attend_on_cpu(
     """Gather the keys of some query blocks, then two products and a softmax.
 
     Calls with more than a mask over keys take the general chunked route. float16 is computed in
-    float32: PyTorch's products are slow in it on a CPU. In bfloat16 scores and weights are rounded.
+    float32: PyTorch's products are slow in it on a CPU. In bfloat16 weights are rounded, and scores
+    where they are many and small.
 
     Returns:
         Output `[B, H, S_q, D_v]` in the dtype of `value`, and log-sum-exp `[B, H, S_q]` or None.
@@ -41,11 +47,12 @@ def attend_on_cpu(
             keys, values = (_rows(x[b, kv_head], p.block_size[1]) for x in (p.key, p.value))
             for h in range(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads):
                 head = _Head(
-                    query=_wide(p.query[b, h]) * p.scale,
+                    query=_wide(p.query[b, h]) * (p.scale != 0),
                     keys=keys,
                     values=values,
                     bias=None if bias is None else bias[b % bias.shape[0], h % bias.shape[1]],
                     block_size=p.block_size,
+                    scale=p.scale or 1.0,  # a product with factor 0 is not made at all
                 )
                 head.attend(kept[b, h], out[b, h], lse[b, h] if with_lse else None)
     return out, lse if with_lse else None
@@ -78,7 +85,7 @@ def _key_bias(p: Problem) -> Tensor | None:
 
 
 class _Head:
-    """One query head; `query` is `[S_q, D]` and scaled already."""
+    """One query head; `query` is `[S_q, D]`."""
 
     def __init__(
         self,
@@ -87,8 +94,10 @@ class _Head:
         values: Tensor,
         bias: Tensor | None,
         block_size: tuple[int, int],
+        scale: float,
     ) -> None:
         """Keep what the products need."""
+        self.scale = scale
         self.block_q, self.block_k = block_size
         self.len_q, self.dim = query.shape
         self.num_q = count_blocks(self.len_q, self.block_q)
@@ -138,11 +147,20 @@ class _Head:
         torch.index_select(self.keys, 0, picked, out=keys)
         scores = self._room("scores", count, self.block_q, width)
         keys_t = keys.view(count, width, self.dim).transpose(1, 2)
-        torch.bmm(self.queries[start:stop], keys_t, out=scores)
+        queries = self.queries[start:stop]
+        # the scale within the product: bfloat16 queries times a scale would be rounded
+        torch.baddbmm(scores, queries, keys_t, beta=0, alpha=self.scale, out=scores)
+        if self._is_too_coarse(scores):
+            # with the rounded product taken off, the same product leaves what rounding lost
+            rest = torch.baddbmm(scores, queries, keys_t, beta=-1, alpha=self.scale)
+            scores = scores.float().add_(rest)
         if self.bias is not None:
             scores = scores + self.bias[picked].view(count, 1, width)
         weights = self._room("weights", count, self.block_q, width)
-        torch.softmax(scores, dim=-1, dtype=weights.dtype, out=weights)
+        if scores.dtype == weights.dtype:
+            torch.softmax(scores, dim=-1, out=weights)
+        else:
+            weights.copy_(scores.softmax(dim=-1))
         if self.bias is not None:  # a row of -inf has no softmax
             sees_none = scores.amax(dim=-1, keepdim=True) == float("-inf")
             weights.masked_fill_(sees_none, 0.0)
@@ -150,6 +168,15 @@ class _Head:
         torch.index_select(self.values, 0, picked, out=values)
         torch.bmm(weights, values.view(count, width, self.dim_v), out=out)
         return scores
+
+    def _is_too_coarse(self, scores: Tensor) -> bool:
+        """Whether scores in bfloat16 would make a result worse than rounding its weights does."""
+        if scores.dtype != torch.bfloat16:
+            return False
+        if self.len_q < MIN_ROUNDED_ROWS:
+            return True
+        least, most = torch.aminmax(scores[:, ::SAMPLED])
+        return max(-float(least), float(most)) > MAX_ROUNDED_SCORE
 
     def _room(self, name: str, *sizes: int) -> Tensor:
         """Memory that is used again: fresh pages would cost as much as what is written there."""

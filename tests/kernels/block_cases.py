@@ -17,10 +17,11 @@ from retrofit.kernels import (
     lists_from_mask,
     pack_mask_bits,
 )
+from retrofit.kernels.block_sparse.eager import MIN_ROUNDED_ROWS
 
 # Norm of the error over the norm of the float64 result.
 TOLERANCES = {torch.float32: 2e-6, torch.bfloat16: 4e-3, torch.float16: 1e-3, torch.float64: 1e-12}
-BFLOAT16_PRODUCTS = 6e-3  # where scores and weights are rounded too
+BFLOAT16_PRODUCTS = 6e-3  # where scores and weights are rounded too, over many rows
 
 # Of the log-sum-exp: absolute for small ones, relative for large ones.
 LSE_TOLERANCES = {
@@ -156,7 +157,7 @@ def check_against_reference(case: Case, backend: str, dtype: torch.dtype) -> Non
     """Compare output and log-sum-exp with the masked dense result in float64."""
     arguments = case.arguments(dtype)
     exact = in_float64(arguments)
-    rounds = backend == "torch" and dtype == torch.bfloat16
+    rounds = backend == "torch" and dtype == torch.bfloat16 and case.len_q >= MIN_ROUNDED_ROWS
     out, lse = block_sparse_attention(**arguments, backend=backend, return_lse=True)
     expected, expected_lse = block_sparse_attention(**exact, backend="reference", return_lse=True)
     assert out.dtype == dtype
