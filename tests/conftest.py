@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 
 # Tiny tensors gain nothing from threads, and waiting threads slow down everything beside them.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import torch
+# A run in the background of a shell inherits a Ctrl-C that is ignored.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

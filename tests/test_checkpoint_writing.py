@@ -203,7 +203,7 @@ def test_outputs_that_must_not_be_written_are_refused(source, tmp_path):
     (tmp_path / "file").write_text("file")
     for out, force, message in (
         (source / "out", False, "inside the checkpoint"),
-        (source, True, "inside the checkpoint"),
+        (source, True, "is the checkpoint itself"),
         (source.parent, True, "contains the checkpoint"),
         (tmp_path / "full", False, "exists. Give another folder, or replace it with --force"),
         (tmp_path / "full", True, "holds thesis.tex"),

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,17 +15,14 @@ from retrofit.checkpoint.writing import new_folder
 from retrofit.interrupts import raise_if_interrupted, watched
 
 
-@pytest.fixture(autouse=True)
-def usual_handler():
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
 def test_it_is_raised_at_once_outside_imports():
-    with pytest.raises(KeyboardInterrupt), watched():
-        signal.raise_signal(signal.SIGINT)
-        pytest.fail("went on")
+    def pressed():
+        with watched():
+            signal.raise_signal(signal.SIGINT)
+            pytest.fail("went on")
+
+    with pytest.raises(KeyboardInterrupt):
+        pressed()
 
 
 def test_an_import_is_finished_first(tmp_path, monkeypatch):
@@ -32,21 +30,27 @@ def test_an_import_is_finished_first(tmp_path, monkeypatch):
         "import signal, time\nsignal.raise_signal(signal.SIGINT)\ntime.sleep(0.3)\nDONE = True\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(KeyboardInterrupt), watched():
-        import slow_to_import  # noqa: F401
 
-        time.sleep(5)
+    def import_it():
+        with watched():
+            import slow_to_import  # noqa: F401
+
+            time.sleep(5)
+
+    with pytest.raises(KeyboardInterrupt):
+        import_it()
     assert sys.modules.pop("slow_to_import").DONE
 
 
 def test_one_that_a_library_swallowed_publishes_nothing(tmp_path):
-    out = tmp_path / "out"
-    with pytest.raises(KeyboardInterrupt), watched(), new_folder(out) as folder:
-        (folder / "file").write_text("whole")
-        try:
-            signal.raise_signal(signal.SIGINT)
-        except BaseException:  # noqa: BLE001 - what a careless library does
-            pass
+    def write():
+        with watched(), new_folder(tmp_path / "out") as folder:
+            (folder / "file").write_text("whole")
+            with suppress(BaseException):  # what a careless library does
+                signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -59,11 +63,14 @@ def test_the_next_block_starts_afresh():
 
 
 def test_a_process_that_ignores_it_goes_on_ignoring():
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with watched():
-        signal.raise_signal(signal.SIGINT)
-        raise_if_interrupted()
-    assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with watched():
+            signal.raise_signal(signal.SIGINT)
+            raise_if_interrupted()
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGINT, usual)
 
 
 def test_the_command_line_survives_it_while_pytorch_is_imported(tmp_path: Path):
