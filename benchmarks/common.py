@@ -1,0 +1,156 @@
+"""What every benchmark command shares: its options, the machine, printing."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import secrets
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from retrofit.timing import library_versions, load_average, pin_to_one_core, processor_name
+
+IDLE = 0.3  # load average above which all threads would measure the neighbours
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LIBRARIES = ("torch", "triton", "retrofit-attention", "natten", "tomesd")
+
+
+class WrongOptionError(Exception):
+    """An option that can't be; the message is one line for the person who typed it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where and how a benchmark runs.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        threads: PyTorch's.
+        core: The one that it is pinned to, None if it is not.
+        seed: Of everything drawn.
+    """
+
+    device: str
+    threads: int
+    core: int | None
+    seed: int
+
+    def to_dict(self) -> dict[str, Any]:
+        """What a reader needs to judge the times."""
+        on_gpu = self.device == "cuda"
+        return {
+            "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
+            "cores": os.cpu_count(),
+            "threads": self.threads,
+            "pinned": self.core is not None,
+            "seed": self.seed,
+            "versions": library_versions(*LIBRARIES),
+        }
+
+    def generator(self, offset: int = 0) -> torch.Generator:
+        """Draws what this run draws."""
+        return torch.Generator().manual_seed(self.seed + offset)
+
+
+def add_options(parser: argparse.ArgumentParser, *, devices: Sequence[str] = ("cpu",)) -> None:
+    """The options of every benchmark."""
+    parser.add_argument("--json", action="store_true", help="one JSON object a line on stdout")
+    parser.add_argument(
+        "--threads",
+        default="1",
+        help="1 (pinned to a core; the default), a number, or all (only on an idle machine)",
+    )
+    parser.add_argument("--seed", type=int, help="of everything drawn; fresh by default")
+    parser.add_argument("--rounds", type=int, help="timed rounds; by default what the device needs")
+    if len(devices) > 1:
+        parser.add_argument("--device", choices=devices, default=devices[0])
+
+
+def prepare(options: argparse.Namespace) -> Machine:
+    """Set threads and pin.
+
+    Raises:
+        WrongOptionError: If an option does not fit this machine.
+    """
+    device = getattr(options, "device", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise WrongOptionError("--device cuda: PyTorch sees no GPU here. Use --device cpu.")
+    if options.rounds is not None and options.rounds < 1:
+        raise WrongOptionError(f"--rounds {options.rounds}: expected at least 1.")
+    core = None
+    if device == "cpu":
+        core = _set_threads(options.threads)
+    seed = secrets.randbelow(2**31) if options.seed is None else options.seed
+    torch.manual_seed(seed)
+    return Machine(device=device, threads=torch.get_num_threads(), core=core, seed=seed)
+
+
+def _set_threads(text: str) -> int | None:
+    """Returns the core, where there is one thread."""
+    if text == "1":
+        return pin_to_one_core()
+    if text == "all":
+        load = load_average()
+        if load is not None and load >= IDLE:
+            raise WrongOptionError(
+                f"--threads all: the load average is {load}, expected below {IDLE}. Wait until "
+                "the machine is idle, or measure with --threads 1."
+            )
+        torch.set_num_threads(os.cpu_count() or 1)
+        return None
+    if not text.isdigit() or not int(text):
+        raise WrongOptionError(f"--threads {text}: expected a number or all.")
+    torch.set_num_threads(int(text))
+    return None
+
+
+def read_list(name: str, text: str, read: Callable[[str], Any]) -> list[Any]:
+    """An option's values, separated by commas.
+
+    Raises:
+        WrongOptionError: If one can't be read.
+    """
+    try:
+        values = [read(part.strip()) for part in text.split(",")]
+    except (ValueError, KeyError) as error:
+        raise WrongOptionError(
+            f"--{name} {text}: can't read {error.args[0]!r}. Separate values by commas."
+        ) from error
+    return values
+
+
+def read_dtype(name: str) -> torch.dtype:
+    """A dtype by its name.
+
+    Raises:
+        ValueError: If there is none; the message lists those there are.
+    """
+    if name not in DTYPES:
+        raise ValueError(f"{name} (known: {' '.join(DTYPES)})")
+    return DTYPES[name]
+
+
+def run_main(main: Callable[[], int]) -> None:
+    """Leave with the exit code of a benchmark: 2 for a wrong option, in one line."""
+    try:
+        sys.exit(main())
+    except WrongOptionError as error:
+        sys.stderr.write(f"error: {error}\n")
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def emit(line: Mapping[str, Any]) -> None:
+    """One JSON object on a line of stdout, at once."""
+    print(json.dumps(line), flush=True)
+
+
+def say(text: str) -> None:
+    """A line on stderr, for people."""
+    sys.stderr.write(text + "\n")

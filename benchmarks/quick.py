@@ -1,0 +1,346 @@
+"""The goals that a CPU can check in at most four minutes, one line for each case.
+
+`python -m benchmarks.quick --json` prints one JSON object a line: `goal`, `case`, `ratio` (higher
+is better in every line), `must`, `target`, `load` and what was measured. Ratios of C1 and C2 are
+efficiencies (dense time x kept / sparse time), those of C4 and C7 speed against
+`scaled_dot_product_attention`, those of C8 and C9 the limit over what was measured. An output that
+is not right is not timed: its `ratio` is null, `refused` says why, and the exit code is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from benchmarks import common
+from retrofit.bench.attention import Attention, Line, Shape, time_routes
+from retrofit.bench.patterns import block_sparse_route, draw_block_mask, inward_route
+from retrofit.kernels import backends, select_blocks
+from retrofit.timing import Contender, Spread, load_average, race
+
+SEQ_LEN = 8192
+HEADS = 2
+BLOCKS = (64, 128)
+KEEPS = (0.05, 0.1, 0.25, 0.5)
+GRID, WINDOW = (21, 24, 40), (21, 11, 17)
+BUDGET = 200.0  # seconds after which every case gets the fewest rounds
+FIRST_CALLS = 3  # fresh processes
+TIES = 1e-3  # fraction of the blocks that rounding may exchange for others of equal score
+CHILD = """
+import json, time, torch
+torch.set_num_threads(1)
+from retrofit.kernels import block_sparse_attention, neighborhood_attention
+q = torch.randn(1, 1, 8192, 64)
+mask = torch.rand(1, 1, 64, 64).argsort(-1) < 6
+took = {}
+for name, call in {
+    "block-sparse": lambda: block_sparse_attention(q, q, q, mask, block_size=(128, 128)),
+    "windows": lambda: neighborhood_attention(q, q, q, grid=(2, 64, 64), window_size=(2, 11, 11)),
+}.items():
+    start = time.perf_counter()
+    call()
+    took[name] = time.perf_counter() - start
+print(json.dumps(took))
+"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Goal:
+    """A row of the table of goals.
+
+    Attributes:
+        name: C1, ...
+        must: Least ratio with which a release is made.
+        target: Ratio that is planned for.
+    """
+
+    name: str
+    must: float
+    target: float
+
+
+C1 = Goal(name="C1", must=1.3, target=1.8)
+C2 = Goal(name="C2", must=2.2, target=3.2)
+C4 = {
+    torch.float32: Goal(name="C4", must=1.8, target=2.3),
+    torch.bfloat16: Goal(name="C4", must=3.0, target=4.2),
+}
+C7 = Goal(name="C7", must=3.0, target=5.0)
+SHARE_LIMIT, SHARE_TARGET = 0.05, 0.03
+C8 = Goal(name="C8", must=1.0, target=SHARE_LIMIT / SHARE_TARGET)
+FIRST_LIMIT, FIRST_TARGET = 3.0, 1.5  # seconds
+C9 = Goal(name="C9", must=1.0, target=FIRST_LIMIT / FIRST_TARGET)
+
+Measured = Iterator[dict[str, Any]]
+
+
+class Quick:
+    """One run; every method measures a group of goals and yields its lines."""
+
+    def __init__(self, machine: common.Machine, rounds: int | None) -> None:
+        """Start the clock."""
+        self.machine = machine
+        self.rounds = rounds
+        self.generator = machine.generator()
+        self.stop_at = time.perf_counter() + BUDGET
+
+    def blocks(self, dtype: torch.dtype) -> Measured:
+        """C1 (float32) or C2 (bfloat16), and C4: random block lists."""
+        attention = Attention(
+            Shape(heads=HEADS, seq_len=SEQ_LEN, dtype=dtype), generator=self.generator
+        )
+        for keep in (*KEEPS, 1.0):
+            routes = [self._block_route(attention, block, keep) for block in BLOCKS]
+            lines = time_routes(
+                f"keep={keep}", attention, routes, rounds=self.rounds, stop_at=self.stop_at
+            )
+            for line, block in zip(lines, BLOCKS, strict=True):
+                case = f"{_name(dtype)} blk{block} N={SEQ_LEN} keep={keep:g}"
+                if keep == 1.0:
+                    yield self._line(C4[dtype], f"{case} (dense)", line, line.speed)
+                else:
+                    goal = C1 if dtype == torch.float32 else C2
+                    more = {"keep_asked": keep}
+                    yield self._line(goal, case, line, line.efficiency, **more)
+
+    def _block_route(self, attention: Attention, block: int, keep: float) -> Any:
+        mask = draw_block_mask(HEADS, SEQ_LEN, (block, block), keep, self.generator)
+        return block_sparse_route(attention, mask, (block, block), name=f"blk{block}")
+
+    def windows(self, dtype: torch.dtype) -> Measured:
+        """C7: windows pushed inward at the borders of a grid, against dense."""
+        seq_len = GRID[0] * GRID[1] * GRID[2]
+        attention = Attention(
+            Shape(heads=2, seq_len=seq_len, dtype=dtype), generator=self.generator
+        )
+        (line,) = time_routes(
+            "inward window",
+            attention,
+            [inward_route(attention, GRID, WINDOW)],
+            rounds=self.rounds,
+            stop_at=self.stop_at,
+        )
+        case = f"{_name(dtype)} inward window 11x17 of 21x24x40, all frames, against dense"
+        yield self._line(C7, case, line, line.speed)
+
+    def prediction(self, dtype: torch.dtype) -> Measured:
+        """C8: choosing the blocks, as a share of choosing them and attending."""
+        attention = Attention(
+            Shape(heads=HEADS, seq_len=SEQ_LEN, dtype=dtype), generator=self.generator
+        )
+        block_size, keep = (128, 64), 0.1
+        query, key = attention.query, attention.key
+
+        def choose() -> torch.Tensor:
+            return select_blocks(query, key, block_size=block_size, keep=keep)
+
+        mask = choose()
+        route = block_sparse_route(attention, mask, block_size)
+        expected = choose_slowly(query, key, block_size, keep)
+        contenders = [
+            Contender(
+                name="choose",
+                run=choose,
+                error=lambda made: disagreement(made, expected),
+                tolerance=TIES,
+            ),
+            Contender(
+                name="attend",
+                run=route.run,
+                error=attention.rows.error_against(route.expected),
+                tolerance=4e-3,
+            ),
+        ]
+        result = race(contenders, rounds=self.rounds or 15, stop_at=self.stop_at)
+        base = self._base(C8, f"{_name(dtype)} 128x64 N={SEQ_LEN} keep={keep}")
+        if result.refused:
+            reasons = "; ".join(f"{name}: {why}" for name, why in result.refused.items())
+            yield {**base, "ratio": None, "refused": reasons}
+            return
+        pairs = zip(result.seconds["choose"], result.seconds["attend"], strict=True)
+        shares = Spread(values=tuple(a / (a + b) for a, b in pairs))
+        yield {
+            **base,
+            "ratio": SHARE_LIMIT / shares.median,
+            "min": SHARE_LIMIT / max(shares.values),
+            "max": SHARE_LIMIT / min(shares.values),
+            "share": shares.median,
+            "share_limit": SHARE_LIMIT,
+            "seconds": Spread(values=result.seconds["choose"]).median,
+            "attend_seconds": Spread(values=result.seconds["attend"]).median,
+            "rounds": result.rounds,
+            "noisy": result.is_noisy("attend"),
+            "error": result.errors["choose"],
+            **attention.shape.to_dict(),
+        }
+
+    def first_call(self) -> Measured:
+        """C9: the first call in a fresh process, compiled anew or loaded from the cache."""
+        took: dict[str, list[float]] = {}
+        load = load_average()
+        for i in range(FIRST_CALLS):
+            if i and time.perf_counter() > self.stop_at:
+                break
+            with tempfile.TemporaryDirectory() as cache:
+                for kind in ("compile", "load"):
+                    for name, seconds in time_first_calls(cache).items():
+                        took.setdefault(f"{name}, {kind}", []).append(seconds)
+        for name, values in took.items():
+            spread = Spread(values=tuple(values))
+            yield {
+                **self._base(C9, f"first call, {name}, N={SEQ_LEN}"),
+                "ratio": FIRST_LIMIT / spread.median,
+                "min": FIRST_LIMIT / max(values),
+                "max": FIRST_LIMIT / min(values),
+                "seconds": spread.median,
+                "limit_seconds": FIRST_LIMIT,
+                "rounds": len(values),
+                "noisy": False,
+                "load": load,
+            }
+
+    def _base(self, goal: Goal, case: str) -> dict[str, Any]:
+        return {
+            "goal": goal.name,
+            "case": case,
+            "ratio": None,
+            "must": goal.must,
+            "target": goal.target,
+            "load": load_average(),
+            "refused": "",
+            **self.machine.to_dict(),
+        }
+
+    def _line(
+        self, goal: Goal, case: str, line: Line, ratio: Spread | None, **more: Any
+    ) -> dict[str, Any]:
+        data = {**line.to_dict(), **self._base(goal, case), **more}
+        data["load"] = line.load[1]
+        data["refused"] = line.refused
+        data["backend"] = _backend(line)
+        for name in ("seconds", "base_seconds"):
+            data[name] = None if data[name] is None else data[name]["median"]
+        if ratio is not None:
+            data |= {"ratio": ratio.median, "min": min(ratio.values), "max": max(ratio.values)}
+        return data
+
+
+def choose_slowly(
+    query: torch.Tensor, key: torch.Tensor, block_size: tuple[int, int], keep: float
+) -> torch.Tensor:
+    """The same choice in float64, by sorting: bool `[B, H, n_q, n_k]`."""
+    pooled = [
+        x.double().unflatten(2, (-1, block)).mean(3)
+        for x, block in zip((query, key), block_size, strict=True)
+    ]
+    scores = pooled[0] @ pooled[1].transpose(-1, -2)
+    count = max(1, int(scores.shape[-1] * keep))
+    chosen = scores.topk(count, dim=-1).indices
+    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
+
+
+def disagreement(made: torch.Tensor, expected: torch.Tensor) -> float:
+    """Fraction of the blocks that differ."""
+    return float((made != expected).double().mean())
+
+
+def time_first_calls(cache: str) -> dict[str, float]:
+    """Seconds of each operator's first call in a fresh process with this cache."""
+    environment = {
+        **os.environ,
+        "XDG_CACHE_HOME": cache,
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
+    command = [sys.executable, "-P", "-c", CHILD]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
+    took: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return took
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _backend(line: Line) -> str:
+    """The backend that the operator chooses by itself."""
+    operator = "neighborhood_attention" if "grid" in line.details else "block_sparse_attention"
+    call: dict[str, Any] = {"device": "cpu", "dtype": line.shape.dtype, "head_dim": 64}
+    answers = backends(operator, **call, num_tokens=line.shape.seq_len)
+    return next(name for name, (is_usable, _) in answers.items() if is_usable)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print every line; 0 if all outputs were right."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.quick",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common.add_options(parser)
+    parser.add_argument(
+        "--only", help="goals to measure, separated by commas; all of C1,C2,C4,C7,C8,C9 by default"
+    )
+    options = parser.parse_args(arguments)
+    wanted = _read_goals(options.only)
+    machine = common.prepare(options)
+    quick = Quick(machine, options.rounds)
+    single, half = torch.float32, torch.bfloat16
+    groups: list[tuple[set[str], Callable[[], Measured]]] = [
+        ({"C1", "C4"}, lambda: quick.blocks(single)),
+        ({"C2", "C4"}, lambda: quick.blocks(half)),
+        ({"C7"}, lambda: quick.windows(single)),
+        ({"C7"}, lambda: quick.windows(half)),
+        ({"C8"}, lambda: quick.prediction(single)),
+        ({"C8"}, lambda: quick.prediction(half)),
+        ({"C9"}, quick.first_call),
+    ]
+    is_right = True
+    for goals, measure in groups:
+        if not goals & wanted:
+            continue
+        for line in measure():
+            if line["goal"] in wanted:
+                is_right = is_right and not line["refused"]
+                common.emit(line) if options.json else print(_as_text(line), flush=True)
+    return 0 if is_right else 1
+
+
+def _read_goals(text: str | None) -> set[str]:
+    known = {"C1", "C2", "C4", "C7", "C8", "C9"}
+    wanted = known if text is None else {part.strip().upper() for part in text.split(",")}
+    if unknown := wanted - known:
+        raise common.WrongOptionError(
+            f"--only {text}: no goal {', '.join(sorted(unknown))}. "
+            f"Known: {', '.join(sorted(known))}."
+        )
+    return wanted
+
+
+def _as_text(line: dict[str, Any]) -> str:
+    head = f"{line['goal']}  {line['case']:<62}"
+    if line["refused"]:
+        return f"{head} not timed: {line['refused']}"
+    reached = "target" if line["ratio"] >= line["target"] else "must"
+    if line["ratio"] < line["must"]:
+        reached = "BELOW"
+    noisy = ", noisy" if line["noisy"] else ""
+    return (
+        f"{head} {line['ratio']:6.2f} ({line['min']:.2f} to {line['max']:.2f})  "
+        f"must {line['must']:.2f} target {line['target']:.2f}  {reached}  "
+        f"load {line['load']}{noisy}"
+    )
+
+
+if __name__ == "__main__":
+    common.run_main(main)

@@ -1,0 +1,1 @@
+"""Benchmarks of operators and whole models, dense against sparse in one run."""

@@ -1,0 +1,269 @@
+"""Time ways to compute one attention call against dense, in one race."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from retrofit.bench.checking import TOLERANCE, SampledRows
+from retrofit.timing import Contender, Race, Spread, race
+
+DENSE = "sdpa"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """Of the three tensors of an attention call.
+
+    Attributes:
+        heads: Of queries, keys and values alike.
+        seq_len: Tokens.
+        head_dim: Channels of a head.
+        batch: Its size.
+        dtype: Of the tensors.
+        device: `cpu` or `cuda`.
+    """
+
+    heads: int
+    seq_len: int
+    head_dim: int = 64
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    device: str = "cpu"
+
+    @property
+    def dense_flops(self) -> float:
+        """Of both products over all pairs."""
+        return 4.0 * self.batch * self.heads * self.head_dim * self.seq_len**2
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "batch": self.batch,
+            "heads": self.heads,
+            "seq_len": self.seq_len,
+            "head_dim": self.head_dim,
+        }
+
+
+class Attention:
+    """Random queries, keys and values, and what is exactly right for some of their rows."""
+
+    def __init__(self, shape: Shape, generator: torch.Generator) -> None:
+        """Draw them from a CPU generator."""
+        size = (shape.batch, shape.heads, shape.seq_len, shape.head_dim)
+        draws = [torch.randn(size, generator=generator) for _ in range(3)]
+        self.shape = shape
+        self.query, self.key, self.value = (x.to(shape.device, shape.dtype) for x in draws)
+        self.rows = SampledRows(self.query, self.key, self.value, generator)
+
+    def dense(self) -> Route:
+        """`scaled_dot_product_attention`, in the backend that PyTorch chooses."""
+        return Route(
+            name=DENSE,
+            run=lambda: scaled_dot_product_attention(self.query, self.key, self.value),
+            expected=self.rows.expected(),
+        )
+
+    def cudnn(self) -> Route:
+        """The same in cuDNN's backend, the honest baseline on a GPU."""
+        return Route(name="cudnn", run=self._run_cudnn, expected=self.rows.expected())
+
+    def _run_cudnn(self) -> Tensor:
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            return scaled_dot_product_attention(self.query, self.key, self.value)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Route:
+    """One way to compute an attention call.
+
+    Attributes:
+        name: For tables; unique in a race.
+        run: Gives `[B, H, S, D]`, or raises.
+        expected: The exact output of the rows that are checked.
+        kept: Fraction of the query-key pairs that the result depends on.
+        tolerance: Relative error allowed, None for that of the dtype.
+        is_compiled: Whether `torch.compile` made it.
+        details: What else a line says of it: block size, statistics of lists.
+    """
+
+    name: str
+    run: Callable[[], Tensor]
+    expected: Tensor
+    kept: float = 1.0
+    tolerance: float | None = None
+    is_compiled: bool = False
+    details: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """One route beside dense.
+
+    Attributes:
+        case: What was computed.
+        route: Which way.
+        shape: Of the tensors.
+        kept: Fraction of the pairs.
+        details: As in `Route`.
+        base: The dense route that it is compared with.
+        speed: Dense time over its own, round by round; None if either was refused.
+        seconds: Of one call; None if it was refused.
+        base_seconds: Of the dense call.
+        error: Relative, None where it failed before it could be looked at.
+        tolerance: Up to which it may be timed.
+        refused: Why it was not timed, or empty.
+        first_seconds: Of its first call, compiling included.
+        noisy: Whether dense varied by more than a quarter between rounds.
+        load: Load average when the race began and ended.
+    """
+
+    case: str
+    route: str
+    shape: Shape
+    kept: float
+    details: Mapping[str, Any]
+    base: str
+    speed: Spread | None
+    seconds: Spread | None
+    base_seconds: Spread | None
+    error: float | None
+    tolerance: float
+    refused: str
+    first_seconds: float
+    noisy: bool
+    load: tuple[float | None, float | None]
+
+    @property
+    def efficiency(self) -> Spread | None:
+        """Dense time times the kept fraction over its own: 1.0 saves every skipped pair in full."""
+        if self.speed is None:
+            return None
+        return Spread(values=tuple(value * self.kept for value in self.speed.values))
+
+    @property
+    def tflops(self) -> float | None:
+        """On kept pairs only, from the median time."""
+        if self.seconds is None:
+            return None
+        return self.shape.dense_flops * self.kept / self.seconds.median / 1e12
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data."""
+        return {
+            "case": self.case,
+            "route": self.route,
+            **self.shape.to_dict(),
+            "kept": self.kept,
+            **self.details,
+            "base": self.base,
+            "speed": _plain(self.speed),
+            "efficiency": _plain(self.efficiency),
+            "seconds": _plain(self.seconds),
+            "base_seconds": _plain(self.base_seconds),
+            "tflops_kept": self.tflops,
+            "rounds": 0 if self.seconds is None else len(self.seconds.values),
+            "error": self.error,
+            "tolerance": self.tolerance,
+            "refused": self.refused,
+            "first_seconds": self.first_seconds,
+            "noisy": self.noisy,
+            "load": list(self.load),
+        }
+
+
+def _plain(spread: Spread | None) -> dict[str, float] | None:
+    return None if spread is None else spread.to_dict()
+
+
+def time_routes(
+    case: str,
+    attention: Attention,
+    routes: Sequence[Route],
+    *,
+    rounds: int | None = None,
+    stop_at: float | None = None,
+    base: str = DENSE,
+) -> list[Line]:
+    """Race routes against dense.
+
+    Args:
+        case: For the lines.
+        attention: What the routes were made for.
+        routes: The sparse ones; dense ones are added.
+        rounds: As for `race`.
+        stop_at: As for `race`.
+        base: `sdpa`, or `cudnn` on a GPU, where the other one is a line too.
+
+    Returns:
+        One line for every route, and for the dense one that is not the base.
+    """
+    dense = [attention.dense()]
+    if attention.shape.device == "cuda":
+        dense.append(attention.cudnn())
+    every = [*dense, *routes]
+    contenders = [
+        Contender(
+            name=route.name,
+            run=route.run,
+            error=attention.rows.error_against(route.expected),
+            tolerance=_tolerance(route, attention.shape.dtype),
+            is_compiled=route.is_compiled,
+        )
+        for route in every
+    ]
+    with torch.no_grad(), own_precision():
+        result = race(contenders, rounds=rounds, device=attention.shape.device, stop_at=stop_at)
+    return [
+        _line(case, attention.shape, route, base, result) for route in every if route.name != base
+    ]
+
+
+def _tolerance(route: Route, dtype: torch.dtype) -> float:
+    return TOLERANCE[dtype] if route.tolerance is None else route.tolerance
+
+
+def _line(case: str, shape: Shape, route: Route, base: str, result: Race) -> Line:
+    name = route.name
+    both = name in result.seconds and base in result.seconds
+    refused = result.refused.get(name, "")
+    if not refused and not both:
+        refused = f"its baseline {base} was refused: {result.refused[base]}"
+    return Line(
+        case=case,
+        route=name,
+        shape=shape,
+        kept=route.kept,
+        details=route.details,
+        base=base,
+        speed=result.speed(name, base) if both else None,
+        seconds=Spread(values=result.seconds[name]) if both else None,
+        base_seconds=Spread(values=result.seconds[base]) if both else None,
+        error=result.errors.get(name),
+        tolerance=_tolerance(route, shape.dtype),
+        refused=refused,
+        first_seconds=result.first[name],
+        noisy=both and result.is_noisy(base),
+        load=result.load,
+    )
+
+
+@contextlib.contextmanager
+def own_precision() -> Iterator[None]:
+    """While entered, products in float32 are float32 on every device."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)

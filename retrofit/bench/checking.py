@@ -1,0 +1,145 @@
+"""What an attention output must be: float64, on all rows or on some drawn at random."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+# Relative error against float64 up to which an output is taken for right.
+TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
+ROUNDED_SCORES = 6e-3  # where scores and weights are rounded to bfloat16
+ALL_ROWS = 4096  # longest sequence of which every row is checked
+NUM_ROWS = 64  # of each head, of longer ones
+
+
+class SampledRows:
+    """Query rows whose exact output is known.
+
+    Attributes:
+        rows: Positions, int64 `[H, R]`, the same for every batch entry.
+    """
+
+    def __init__(self, query: Tensor, key: Tensor, value: Tensor, generator: torch.Generator):
+        """Draw rows of every head, all of them where the sequence is short."""
+        self.tensors = query, key, value
+        heads, seq_len = query.shape[1:3]
+        if seq_len <= ALL_ROWS:
+            rows = torch.arange(seq_len).expand(heads, -1)
+        else:
+            draws = [torch.randperm(seq_len, generator=generator)[:NUM_ROWS] for _ in range(heads)]
+            rows = torch.stack(draws)
+        self.rows = rows.to(query.device)
+
+    def expected(self, visible: Callable[[int, int, Tensor], Tensor] | None = None) -> Tensor:
+        """The exact output of the rows.
+
+        Args:
+            visible: Called as `visible(batch, head, rows)`, gives bool `[R, S]`; None sees all.
+
+        Returns:
+            float64 `[B, H, R, D_v]`; zeros where a row sees nothing.
+        """
+        query, key, value = self.tensors
+        group = query.shape[1] // key.shape[1]
+        out = query.new_empty(
+            *query.shape[:2], self.rows.shape[1], value.shape[3], dtype=torch.float64
+        )
+        for b in range(query.shape[0]):
+            for h in range(query.shape[1]):
+                rows = self.rows[h]
+                scores = query[b, h, rows].double() @ key[b, h // group].double().T
+                scores *= 1 / math.sqrt(query.shape[3])
+                if visible is not None:
+                    scores.masked_fill_(~visible(b, h, rows), -math.inf)
+                weights = scores.softmax(-1).nan_to_num_(0.0)
+                out[b, h] = weights @ value[b, h // group].double()
+        return out
+
+    def error_against(self, expected: Tensor) -> Callable[[Tensor], float]:
+        """A function from a whole output `[B, H, S, D_v]` to its relative error on the rows."""
+
+        def error(output: Tensor) -> float:
+            index = self.rows[None, :, :, None].expand(output.shape[0], -1, -1, output.shape[3])
+            return relative_error(output.gather(2, index), expected)
+
+        return error
+
+
+def relative_error(output: Tensor, expected: Tensor) -> float:
+    """`||output - expected|| / ||expected||`; infinite where the output holds NaN."""
+    if not bool(torch.isfinite(output).all()):
+        return math.inf
+    return float((output.double() - expected).norm() / expected.norm())
+
+
+def visible_blocks(
+    block_mask: Tensor, block_size: tuple[int, int], seq_len: int
+) -> Callable[[int, int, Tensor], Tensor]:
+    """What a block mask `[B or 1, H or 1, n_q, n_k]` shows."""
+
+    def visible(batch: int, head: int, rows: Tensor) -> Tensor:
+        mask = block_mask[min(batch, block_mask.shape[0] - 1), min(head, block_mask.shape[1] - 1)]
+        return mask[rows // block_size[0]].repeat_interleave(block_size[1], 1)[:, :seq_len]
+
+    return visible
+
+
+def visible_in_grid(
+    shape: Sequence[int], sees: Callable[[int, Tensor, Tensor], Tensor]
+) -> Callable[[int, int, Tensor], Tensor]:
+    """What a pattern on a grid shows: the product over its axes.
+
+    Args:
+        shape: Frames, height, width, in raster order.
+        sees: Called as `sees(axis, query, key)` with positions on an axis, `[R, 1]` and `[S]`;
+            gives bool `[R, S]`.
+    """
+    total = math.prod(shape)
+    steps = [shape[1] * shape[2], shape[2], 1]
+
+    def visible(batch: int, head: int, rows: Tensor) -> Tensor:
+        keys = torch.arange(total, device=rows.device)
+        seen = torch.ones(len(rows), total, dtype=torch.bool, device=rows.device)
+        for axis, (length, step) in enumerate(zip(shape, steps, strict=True)):
+            place = rows[:, None] // step % length
+            seen &= sees(axis, place, keys // step % length)
+        return seen
+
+    return visible
+
+
+def inward_window(
+    shape: Sequence[int], window: Sequence[int]
+) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """A window around each query, pushed inward at the borders."""
+
+    def sees(axis: int, query: Tensor, key: Tensor) -> Tensor:
+        length = shape[axis]
+        size = min(window[axis], length)
+        start = (query - size // 2).clamp(0, length - size)
+        return (key >= start) & (key < start + size)
+
+    return sees
+
+
+def boxes(
+    shape: Sequence[int],
+    window: Sequence[int],
+    shift: Sequence[int] = (0, 0, 0),
+    *,
+    strided: bool = False,
+) -> Callable[[int, Tensor, Tensor], Tensor]:
+    """Boxes of neighbours, or of every n-th token of an axis; the grid is rolled by `-shift`."""
+
+    def sees(axis: int, query: Tensor, key: Tensor) -> Tensor:
+        length = shape[axis]
+        count = -(-length // window[axis])
+        query, key = (query - shift[axis]) % length, (key - shift[axis]) % length
+        if strided:
+            return query % count == key % count
+        return query // window[axis] == key // window[axis]
+
+    return sees
