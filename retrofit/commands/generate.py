@@ -2,32 +2,43 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from retrofit.commands import options
-from retrofit.commands.console import count, print_json, print_lines, result, say
-from retrofit.errors import InputError, NotFoundError
+from retrofit.commands.console import count, print_json, print_lines, say
+from retrofit.commands.generate_inputs import (
+    make_request,
+    name_files,
+    preview_of,
+    read_input,
+    read_lora,
+    read_prompts,
+    refuse_other_model,
+)
+from retrofit.commands.generate_output import (
+    as_json as show_json,
+)
+from retrofit.commands.generate_output import (
+    describe,
+    say_expected_time,
+    say_hint,
+    show_progress,
+    write_preview,
+)
+from retrofit.errors import InputError
+from retrofit.interrupts import raise_if_interrupted
 
 if TYPE_CHECKING:
     from retrofit.generate import Generator
-    from retrofit.generate.request import Request
     from retrofit.generate.running import Picture
-    from retrofit.generate.watching import TimeSaved
 
-DEFAULT_MODEL = "shapes"
-LONG = 60.0  # seconds from which on a run's time is said before it
 INTERRUPTED = 130
 PICTURE = "What it shows"
 SAMPLING = "How it is sampled"
 ADAPTERS = "What is added to the model"
-LINES = 10  # of progress for each picture, where there is no terminal
 
 
 def run(
@@ -236,15 +247,15 @@ def run(
         "guidance": guidance,
         "eta": eta,
         "scheduler": scheduler,
-        "loras": tuple(map(_read_lora, lora)) if lora else None,
-        "image": _read_input(image, "--image"),
-        "mask": _read_input(mask, "--mask"),
+        "loras": tuple(map(read_lora, lora)) if lora else None,
+        "image": read_input(image, "--image"),
+        "mask": read_input(mask, "--mask"),
         "strength": strength,
         "controlnet": controlnet,
-        "control_image": _read_input(control_image, "--control-image"),
+        "control_image": read_input(control_image, "--control-image"),
         "control_scale": control_scale,
         "ip_adapter": ip_adapter,
-        "ip_image": _read_input(ip_image, "--ip-image"),
+        "ip_image": read_input(ip_image, "--ip-image"),
         "ip_scale": ip_scale,
         "offload": offload,
         "vae_tiling": vae_tiling or None,
@@ -253,128 +264,18 @@ def run(
         "config": config or None,
         "trust_remote_code": trust_remote_code or None,
     }
-    prompts = _read_prompts(prompt, prompt_file)
+    prompts = read_prompts(prompt, prompt_file)
     what = None if method is None and recipe is None else options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
     if what is None and (parameters or sites):
         raise InputError("--set and --sites need --method or --recipe. Name one.")
-    request, place, made_of = _make_request(
+    request, place, record = make_request(
         model, prompts, seed, num_images, batch, given, like, patched=what is not None
     )
-    files = _names(out, len(request.prompts) if place is None else 1, preview, force=force)
+    files = name_files(out, len(request.prompts) if place is None else 1, preview, force=force)
     with Generator(request, what, sites=sites or (), **parameters) as generator:
-        _refuse_other_model(generator, made_of, like)
+        refuse_other_model(generator, record, like)
         _generate(generator, files, place, preview, saving=not no_time_saved, as_json=json)
-
-
-def _read_lora(text: str) -> tuple[str, float]:
-    """`file.safetensors:0.8` as path and weight; the weight is 1 if there is none."""
-    path, separator, weight = text.rpartition(":")
-    try:
-        return (path, float(weight)) if separator else (text, 1.0)
-    except ValueError:
-        return text, 1.0
-
-
-def _read_input(path: Path | None, what: str) -> Any:
-    from retrofit.generate.request import InputFile
-
-    return None if path is None else InputFile.read(path, what)
-
-
-def _read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
-    if file is None:
-        return list(prompts or [])
-    try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "not a text in UTF-8"
-        raise NotFoundError(
-            f"--prompt-file {file}: can't be read ({reason}). Give a text file with one prompt a "
-            "line."
-        ) from error
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise InputError(f"--prompt-file {file}: holds no prompt. Write one a line.")
-    return [*(prompts or []), *found]
-
-
-def _make_request(
-    model: str | None,
-    prompts: list[str],
-    seed: int | None,
-    num_images: int,
-    batch: int,
-    given: dict[str, Any],
-    like: Path | None,
-    *,
-    patched: bool,
-) -> tuple[Request, int | None, dict[str, Any] | None]:
-    """The request, which of its pictures is wanted (None: all), and what --like was made of."""
-    from retrofit.generate.request import Request
-
-    given = {key: value for key, value in given.items() if value is not None}
-    if like is None:
-        pictures = [text for text in prompts for _ in range(num_images)]
-        seeds = tuple((seed or 0) + i for i in range(len(pictures)))
-        if not pictures:
-            raise InputError(
-                'expected --prompt or --prompt-file. Say what to draw, as in -p "a cat".'
-            )
-        request = Request(
-            model=model or DEFAULT_MODEL,
-            prompts=tuple(pictures),
-            seeds=seeds,
-            batch=batch,
-            **given,
-        )
-        return request, None, None
-    from retrofit.generate.png import read_record
-
-    record = read_record(like)
-    request = Request.from_dict(record.get("request") or {}, f"--like {like}")
-    place = int(record.get("place", 0))
-    if len(prompts) > 1 or num_images > 1:
-        raise InputError("--like: makes one picture. Give one --prompt at most, and no -n.")
-    if prompts or seed is not None:
-        request, place = request.only([place]), 0
-    request = replace(
-        request,
-        **given,
-        **({"model": model} if model else {}),
-        **({"prompts": tuple(prompts)} if prompts else {}),
-        **({"seeds": (seed,)} if seed is not None else {}),
-        **({"recipe": None} if patched else {}),
-    )
-    request.check_files()
-    return request, place, None if model else record.get("model")
-
-
-def _refuse_other_model(
-    generator: Generator, made_of: dict[str, Any] | None, like: Path | None
-) -> None:
-    """Refuse a checkpoint that changed since the picture of `--like` was made."""
-    from retrofit.generate.pipelines import fingerprint
-
-    if made_of is None or made_of.get("fingerprint") == fingerprint(generator.checkpoint):
-        return
-    raise InputError(
-        f"--like {like}: made with other weights than {generator.request.model} has now. Name the "
-        "checkpoint, as in `retrofit generate MODEL --like ...`, to take it all the same."
-    )
-
-
-def _names(out: Path, number: int, preview: bool, *, force: bool) -> list[Path]:
-    """Names of the pictures, and of the preview at the end."""
-    from retrofit.generate.png import name_outputs, refuse_outputs
-
-    files = name_outputs(out, number)
-    refuse_outputs([*files, _preview_of(files[0])] if preview else files, force=force)
-    return files
-
-
-def _preview_of(file: Path) -> Path:
-    return file.with_name(f"{file.stem}-preview.png")
 
 
 def _generate(
@@ -390,20 +291,21 @@ def _generate(
     from retrofit.checkpoint.libraries import quiet_libraries
 
     done: list[tuple[Path, Picture]] = []
-    _say_expected_time(generator)
+    say_expected_time(generator)
     try:
-        with quiet_libraries(), _progress() as progress:
+        with quiet_libraries(), show_progress() as progress:
             progress("loading", 0, 1)
             opened = generator.open()
-            _hint(generator)
+            say_hint(generator)
             if preview:
-                _write_preview(generator, _preview_of(files[0]), progress)
+                write_preview(generator, preview_of(files[0]), progress)
             for picture in generator.pictures(progress):
                 if place is not None and picture.place != place:
                     continue
                 file = files[0 if place is not None else picture.place]
                 picture.save(file)
                 done.append((file, picture))
+                raise_if_interrupted()
             saved = generator.time_saved() if saving else None
     except KeyboardInterrupt:
         left = len(files) - len(done)
@@ -411,138 +313,6 @@ def _generate(
         say(f"stopped: {count(left, 'picture')} not made; finished: {kept}")
         raise typer.Exit(INTERRUPTED) from None
     if as_json:
-        print_json(_as_json(generator, opened, done, saved))
+        print_json(show_json(generator, opened, done, saved))
     else:
-        print_lines(*_describe(generator, opened, done, saved))
-
-
-def _write_preview(generator: Generator, file: Path, progress: Any) -> None:
-    picture = generator.preview(progress)
-    if picture is None:
-        say("preview: left out, the checkpoint does not say its training size")
-        return
-    picture.save(file)
-    say(f"preview: {file} ({picture.image.width}x{picture.image.height})")
-
-
-def _say_expected_time(generator: Generator) -> None:
-    """Say how long a long run on a CPU will take, before it begins."""
-    from retrofit.generate.expected import expected_seconds
-
-    seconds = expected_seconds(generator.checkpoint, generator.request)
-    if seconds is not None and seconds > LONG:
-        dense = "" if generator.request.recipe is None else ", if it were dense"
-        say(f"on this CPU: about {_spell(seconds)}{dense} (from the work of a step)")
-
-
-def _hint(generator: Generator) -> None:
-    """Say what will not come out well."""
-    from retrofit.generate.sizes import explain_size
-
-    hint = explain_size(generator.request, generator.checkpoint)
-    if hint is not None:
-        say(f"note: {hint}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left on a terminal; elsewhere some lines with it; on stderr."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    started: dict[str, float] = {}
-    with bars.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as shown:
-        task = shown.add_task("")
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in started:
-                started[what] = time.monotonic()
-                shown.reset(task)
-            shown.update(task, description=what, completed=done, total=total)
-            if not console.is_terminal and done and done % max(1, -(-total // LINES)) == 0:
-                left = (time.monotonic() - started[what]) / done * (total - done)
-                say(f"{what}: step {done} of {total}, {_spell(left)} left")
-
-        yield advance
-
-
-def _spell(seconds: float) -> str:
-    """`40 s`, `12 min`, `3.4 h`."""
-    if seconds < 90:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def _describe(
-    generator: Generator,
-    opened: Any,
-    done: list[tuple[Path, Picture]],
-    saved: TimeSaved | None,
-) -> list[str]:
-    lines = []
-    if opened.handle is not None:
-        report = opened.handle.report
-        lines.append(f"{', '.join(report.families)}: {report}")
-    lines += [
-        f"wrote {file}: {picture.image.width}x{picture.image.height}, seed {picture.seed}, "
-        f"{picture.seconds:.1f} s"
-        + (f" for {n} at once" if (n := generator.request.batch) > 1 else "")
-        for file, picture in done
-    ]
-    if saved is not None:
-        what = "saved" if saved.seconds >= 0 else "lost: at this size the patch does not pay"
-        lines.append(
-            f"denoising: {saved.patched_seconds:.1f} s, dense {saved.dense_seconds:.1f} s "
-            f"({saved.calls} calls of {saved.dense_call_seconds:.2f} s, one timed after this run): "
-            f"{abs(saved.seconds):.1f} s ({abs(saved.fraction):.0%}) {what}"
-        )
-    if len(done) == 1:
-        lines.append(f"again: retrofit generate --like {done[0][0]} -o again.png")
-    return lines
-
-
-def _as_json(
-    generator: Generator,
-    opened: Any,
-    done: list[tuple[Path, Picture]],
-    saved: TimeSaved | None,
-) -> dict[str, Any]:
-    handle = opened.handle
-    report = None if handle is None else handle.report
-    request = generator.request.to_dict()
-    return result(
-        family=report.families[0] if report else None,
-        method=report.method if report else None,
-        patched=report.patched if report else (),
-        skipped=[(skip.path, skip.reason) for skip in report.skipped] if report else (),
-        keep_asked=getattr(handle.recipe.method, "keep", None) if handle else None,
-        pictures=[
-            {
-                "file": str(file),
-                "prompt": picture.prompt,
-                "seed": picture.seed,
-                "width": picture.image.width,
-                "height": picture.image.height,
-                "seconds": picture.seconds,
-            }
-            for file, picture in done
-        ],
-        request=request,
-        time_saved=None
-        if saved is None
-        else {
-            **{item.name: getattr(saved, item.name) for item in fields(saved)},
-            "dense_seconds": saved.dense_seconds,
-            "seconds": saved.seconds,
-            "fraction": saved.fraction,
-        },
-    )
+        print_lines(*describe(generator, opened, done, saved))

@@ -32,7 +32,8 @@ def open_controlnet(pipeline: Any, request: Request, dtype: str | None) -> Any:
             f"{where}: expected a ControlNet, got {found.pipeline_class or ', '.join(kinds)}. "
             "Give the folder of a ControlNet alone."
         )
-    network, config = pipeline.unet if hasattr(pipeline, "unet") else None, found.config("")
+    network: Any = getattr(pipeline, "unet", None)
+    config = found.config("")
     keys = ("cross_attention_dim", "block_out_channels", "in_channels", "addition_embed_type")
     for key in keys if network is not None else ():
         mine, theirs = network.config.get(key), config.get(key)

@@ -150,15 +150,15 @@ def _pictures_in(request: Request, known: set[str]) -> dict[str, Any]:
         key = "control_image" if "control_image" in known else "image"
         found[key] = _read(request.control_image, request)
     count = len(request.prompts)
-    batched = {key: [picture] * count for key, picture in found.items()}
+    batched: dict[str, Any] = {key: [picture] * count for key, picture in found.items()}
     if request.ip_image is not None:
         batched["ip_adapter_image"] = _read(request.ip_image, None)
     return batched
 
 
 def _read(file: InputFile, request: Request | None, mode: str = "RGB") -> Image.Image:
-    with Image.open(Path(file.path).expanduser()) as picture:
-        picture = picture.convert(mode)
+    with Image.open(Path(file.path).expanduser()) as opened:
+        picture = opened.convert(mode)
     if request is None or request.width is None or request.height is None:
         return picture
     return picture.resize((request.width, request.height), Image.Resampling.LANCZOS)

@@ -1,0 +1,154 @@
+"""What `retrofit generate` was asked for, from its options and from a picture made before."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.commands.console import say
+from retrofit.errors import InputError, NotFoundError
+
+if TYPE_CHECKING:
+    from retrofit.generate import Generator
+    from retrofit.generate.request import Request
+
+DEFAULT_MODEL = "shapes"
+
+
+def read_lora(text: str) -> tuple[str, float]:
+    """`file.safetensors:0.8` as path and weight; the weight is 1 if there is none."""
+    path, separator, weight = text.rpartition(":")
+    try:
+        return (path, float(weight)) if separator else (text, 1.0)
+    except ValueError:
+        return text, 1.0
+
+
+def read_input(path: Path | None, what: str) -> Any:
+    """The file of a picture that goes in, looked at."""
+    from retrofit.generate.request import InputFile
+
+    return None if path is None else InputFile.read(path, what)
+
+
+def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
+    """Those given and those of a file.
+
+    Raises:
+        InputError: If the file can't be read or is empty.
+    """
+    if file is None:
+        return list(prompts or [])
+    try:
+        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or "not a text in UTF-8"
+        raise NotFoundError(
+            f"--prompt-file {file}: can't be read ({reason}). Give a text file with one prompt a "
+            "line."
+        ) from error
+    found = [line.strip() for line in lines if line.strip()]
+    if not found:
+        raise InputError(f"--prompt-file {file}: holds no prompt. Write one a line.")
+    return [*(prompts or []), *found]
+
+
+def make_request(
+    model: str | None,
+    prompts: list[str],
+    seed: int | None,
+    num_images: int,
+    batch: int,
+    given: dict[str, Any],
+    like: Path | None,
+    *,
+    patched: bool,
+) -> tuple[Request, int | None, dict[str, Any] | None]:
+    """The request, which of its pictures is wanted (None: all), and the record of --like."""
+    from retrofit.generate.request import Request
+
+    given = {key: value for key, value in given.items() if value is not None}
+    if like is None:
+        pictures = [text for text in prompts for _ in range(num_images)]
+        seeds = tuple((seed or 0) + i for i in range(len(pictures)))
+        if not pictures:
+            raise InputError(
+                'expected --prompt or --prompt-file. Say what to draw, as in -p "a cat".'
+            )
+        request = Request(
+            model=model or DEFAULT_MODEL,
+            prompts=tuple(pictures),
+            seeds=seeds,
+            batch=batch,
+            **given,
+        )
+        return request, None, None
+    from retrofit.generate.png import read_record
+
+    record = read_record(like)
+    request = Request.from_dict(record.get("request") or {}, f"--like {like}")
+    place = int(record.get("place", 0))
+    if len(prompts) > 1 or num_images > 1:
+        raise InputError("--like: makes one picture. Give one --prompt at most, and no -n.")
+    if prompts or seed is not None:
+        request, place = request.only([place]), 0
+    changes = dict(given)
+    if model:
+        changes["model"] = model
+    if prompts:
+        changes["prompts"] = tuple(prompts)
+    if seed is not None:
+        changes["seeds"] = (seed,)
+    if patched:
+        changes["recipe"] = None
+    request = replace(request, **changes)
+    request.check_files()
+    _note_other_versions(record, like)
+    return request, place, None if model else record
+
+
+def _note_other_versions(record: dict[str, Any], like: Path) -> None:
+    """Say which libraries have changed since a picture was made: its pixels may too."""
+    from retrofit.checkpoint.manifest import current_versions
+
+    now = current_versions()
+    changed = [
+        f"{name} {version}"
+        for name, version in record.get("versions", {}).items()
+        if now.get(name) != version
+    ]
+    if changed:
+        say(f"note: {like} was made with {', '.join(changed)}; pixels may differ with others")
+
+
+def refuse_other_model(
+    generator: Generator, record: dict[str, Any] | None, like: Path | None
+) -> None:
+    """Refuse a checkpoint that changed since the picture of `--like` was made.
+
+    Raises:
+        InputError: If its weights are others now.
+    """
+    from retrofit.generate.pipelines import fingerprint
+
+    if record is None or record["model"].get("fingerprint") == fingerprint(generator.checkpoint):
+        return
+    raise InputError(
+        f"--like {like}: made with other weights than {generator.request.model} has now. Name the "
+        "checkpoint, as in `retrofit generate MODEL --like ...`, to take it all the same."
+    )
+
+
+def name_files(out: Path, number: int, preview: bool, *, force: bool) -> list[Path]:
+    """Names of the pictures, and of the preview at the end."""
+    from retrofit.generate.png import name_outputs, refuse_outputs
+
+    files = name_outputs(out, number)
+    refuse_outputs([*files, preview_of(files[0])] if preview else files, force=force)
+    return files
+
+
+def preview_of(file: Path) -> Path:
+    """Where the preview of a picture goes."""
+    return file.with_name(f"{file.stem}-preview.png")

@@ -1,0 +1,151 @@
+"""What `retrofit generate` shows: how far it is, what it made and what that cost."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from retrofit.commands.console import result, say
+
+if TYPE_CHECKING:
+    from retrofit.generate import Generator
+    from retrofit.generate.running import Picture
+    from retrofit.generate.watching import TimeSaved
+
+LONG = 60.0  # seconds from which on a run's time is said before it
+LINES = 10  # of progress for each picture, where there is no terminal
+Done = list[tuple[Path, "Picture"]]
+
+
+def say_expected_time(generator: Generator) -> None:
+    """Say how long a long run on a CPU will take, before it begins."""
+    from retrofit.generate.expected import expected_seconds
+
+    seconds = expected_seconds(generator.checkpoint, generator.request)
+    if seconds is not None and seconds > LONG:
+        dense = "" if generator.request.recipe is None else ", if it were dense"
+        say(f"on this CPU: about {_spell(seconds)}{dense} (from the work of a step)")
+
+
+def say_hint(generator: Generator) -> None:
+    """Say what will not come out well."""
+    from retrofit.generate.sizes import explain_size
+
+    hint = explain_size(generator.request, generator.checkpoint)
+    if hint is not None:
+        say(f"note: {hint}")
+
+
+@contextmanager
+def show_progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar with the time left on a terminal; elsewhere some lines with it; on stderr."""
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    started: dict[str, float] = {}
+    with bars.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as shown:
+        task = shown.add_task("")
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in started:
+                started[what] = time.monotonic()
+                shown.reset(task)
+            shown.update(task, description=what, completed=done, total=total)
+            if not console.is_terminal and done and done % max(1, -(-total // LINES)) == 0:
+                left = (time.monotonic() - started[what]) / done * (total - done)
+                say(f"{what}: step {done} of {total}, {_spell(left)} left")
+
+        yield advance
+
+
+def _spell(seconds: float) -> str:
+    """`40 s`, `12 min`, `3.4 h`."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def describe(generator: Generator, opened: Any, done: Done, saved: TimeSaved | None) -> list[str]:
+    """Lines for people."""
+    lines = []
+    if opened.handle is not None:
+        report = opened.handle.report
+        lines.append(f"{', '.join(report.families)}: {report}")
+    lines += [
+        f"wrote {file}: {picture.image.width}x{picture.image.height}, seed {picture.seed}, "
+        f"{picture.seconds:.1f} s"
+        + (f" for {n} at once" if (n := generator.request.batch) > 1 else "")
+        for file, picture in done
+    ]
+    if saved is not None:
+        what = "saved" if saved.seconds >= 0 else "lost: at this size the patch does not pay"
+        lines.append(
+            f"denoising: {saved.patched_seconds:.1f} s, dense {saved.dense_seconds:.1f} s "
+            f"({saved.calls} calls of {saved.dense_call_seconds:.2f} s, one timed after this run): "
+            f"{abs(saved.seconds):.1f} s ({abs(saved.fraction):.0%}) {what}"
+        )
+    if len(done) == 1:
+        lines.append(f"again: retrofit generate --like {done[0][0]} -o again.png")
+    return lines
+
+
+def as_json(
+    generator: Generator,
+    opened: Any,
+    done: Done,
+    saved: TimeSaved | None,
+) -> dict[str, Any]:
+    """The object of --json."""
+    handle = opened.handle
+    report = None if handle is None else handle.report
+    request = generator.request.to_dict()
+    return result(
+        family=report.families[0] if report else None,
+        method=report.method if report else None,
+        patched=report.patched if report else (),
+        skipped=[(skip.path, skip.reason) for skip in report.skipped] if report else (),
+        keep_asked=getattr(handle.recipe.method, "keep", None) if handle else None,
+        pictures=[
+            {
+                "file": str(file),
+                "prompt": picture.prompt,
+                "seed": picture.seed,
+                "width": picture.image.width,
+                "height": picture.image.height,
+                "seconds": picture.seconds,
+            }
+            for file, picture in done
+        ],
+        request=request,
+        time_saved=None
+        if saved is None
+        else {
+            **{item.name: getattr(saved, item.name) for item in fields(saved)},
+            "dense_seconds": saved.dense_seconds,
+            "seconds": saved.seconds,
+            "fraction": saved.fraction,
+        },
+    )
+
+
+def write_preview(generator: Generator, file: Path, progress: Any) -> None:
+    """Make the preview and write it."""
+    picture = generator.preview(progress)
+    if picture is None:
+        say("preview: left out, the checkpoint does not say its training size")
+        return
+    picture.save(file)
+    say(f"preview: {file} ({picture.image.width}x{picture.image.height})")
