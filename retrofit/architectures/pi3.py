@@ -39,6 +39,7 @@ class Pi3(nn.Module):
 
     Attributes:
         num_special_tokens: Register tokens in front of every frame.
+        name_or_path: What it was loaded from, for `retrofit.save`; empty if it was not.
     """
 
     image_mean: Tensor
@@ -48,6 +49,7 @@ class Pi3(nn.Module):
         """Build the parts with random weights."""
         super().__init__()
         self.config = config or Pi3Config()
+        self.name_or_path = ""
         decoder, head = self.config.decoder, self.config.head
         dim, patch_size = decoder.dec_embed_dim, self.config.encoder.patch_size
         self.num_special_tokens = decoder.num_register_tokens
@@ -68,22 +70,24 @@ class Pi3(nn.Module):
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1))
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> Pi3:
+    def from_config(cls, config: Mapping[str, Any], *, strict: bool = True) -> Pi3:
         """Build one with random weights.
 
         Args:
             config: Nested or the hub's form; {} is the public checkpoint's.
+            strict: Refuse unknown settings.
 
         Raises:
             ConfigError: If anything in it is wrong; the message lists everything.
         """
-        return cls(Pi3Config.from_dict(config))
+        return cls(Pi3Config.from_dict(config, strict=strict))
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | Path,
         *,
+        config: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         **hub: Any,
@@ -92,6 +96,7 @@ class Pi3(nn.Module):
 
         Args:
             source: A folder, a `.safetensors` file, or a hub id such as `yyfz233/Pi3`.
+            config: Instead of the `config.json` beside the weights.
             dtype: Of everything but the three heads' last layers, which stay in float32 where it is
                 a half precision, as the original runs them. None keeps what the file has.
             device: Where the weights go.
@@ -106,15 +111,16 @@ class Pi3(nn.Module):
             ConfigError: If its config is wrong.
         """
         values, files = find_checkpoint(source, **hub)
-        config = Pi3Config.from_dict(values, strict=False)
+        sizes = Pi3Config.from_dict(values if config is None else config, strict=False)
         wide = tuple(f"{name}." for name in HEADS) + ("image_mean", "image_std")
         model, _ = load_weights(
-            lambda: cls(config),
+            lambda: cls(sizes),
             files,
             ignored=lambda name: False,
             dtype_of=lambda name: head_dtype(dtype) if name.startswith(wide) else dtype,
             device=device,
         )
+        model.name_or_path = str(source)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:

@@ -18,9 +18,8 @@ from retrofit.architectures.aggregator import Aggregator
 from retrofit.architectures.camera_head import CameraHead
 from retrofit.architectures.dpt_head import DPTHead
 from retrofit.architectures.loading import find_checkpoint, load_weights, save_checkpoint
+from retrofit.architectures.recognition import TRACK_HEAD
 from retrofit.architectures.vggt_config import HEADS, VGGTConfig
-
-TRACK_HEAD = "track_head"
 
 
 class VGGT(nn.Module):
@@ -32,6 +31,7 @@ class VGGT(nn.Module):
     Attributes:
         ignored_keys: Names that the checkpoint has and this network reads past (the track head's,
             and those of heads that the config turns off); empty if it was not loaded from one.
+        name_or_path: What it was loaded from, for `retrofit.save`; empty if it was not.
     """
 
     def __init__(self, config: VGGTConfig | None = None) -> None:
@@ -39,6 +39,7 @@ class VGGT(nn.Module):
         super().__init__()
         self.config = config or VGGTConfig()
         self.ignored_keys: tuple[str, ...] = ()
+        self.name_or_path = ""
         camera, point, depth = (getattr(self.config, name) for name in HEADS)
         self.aggregator = Aggregator(self.config.aggregator, self.config.dino)
         self.camera_head = CameraHead(camera) if camera else None
@@ -46,22 +47,24 @@ class VGGT(nn.Module):
         self.depth_head = DPTHead(depth) if depth else None
 
     @classmethod
-    def from_config(cls, config: Mapping[str, Any]) -> VGGT:
+    def from_config(cls, config: Mapping[str, Any], *, strict: bool = True) -> VGGT:
         """Build one with random weights.
 
         Args:
             config: Nested (`aggregator`, `dino`, heads) or the hub's flat form; {} is VGGT-1B.
+            strict: Refuse unknown settings of the flat form.
 
         Raises:
             ConfigError: If anything in it is wrong; the message lists everything.
         """
-        return cls(VGGTConfig.from_dict(config))
+        return cls(VGGTConfig.from_dict(config, strict=strict))
 
     @classmethod
     def from_pretrained(
         cls,
         source: str | Path,
         *,
+        config: Mapping[str, Any] | None = None,
         dtype: torch.dtype | None = None,
         device: torch.device | str = "cpu",
         **hub: Any,
@@ -70,6 +73,7 @@ class VGGT(nn.Module):
 
         Args:
             source: A folder, a `.safetensors` file, or a hub id such as `facebook/VGGT-1B`.
+            config: Instead of the `config.json` beside the weights.
             dtype: Of the aggregator; the heads stay in float32 where it is a half precision, as
                 the original runs them. None keeps what the file has.
             device: Where the weights go.
@@ -84,17 +88,18 @@ class VGGT(nn.Module):
             ConfigError: If its config is wrong.
         """
         values, files = find_checkpoint(source, **hub)
-        config = VGGTConfig.from_dict(values, strict=False)
-        absent = tuple(f"{name}." for name in HEADS if getattr(config, name) is None)
+        sizes = VGGTConfig.from_dict(values if config is None else config, strict=False)
+        absent = tuple(f"{name}." for name in HEADS if getattr(sizes, name) is None)
         heads = tuple(f"{name}." for name in HEADS)
         model, ignored = load_weights(
-            lambda: cls(config),
+            lambda: cls(sizes),
             files,
             ignored=lambda name: name.startswith((f"{TRACK_HEAD}.", *absent)),
             dtype_of=lambda name: head_dtype(dtype) if name.startswith(heads) else dtype,
             device=device,
         )
         model.ignored_keys = ignored
+        model.name_or_path = str(source)
         return model
 
     def save_pretrained(self, folder: str | Path) -> None:
@@ -147,6 +152,6 @@ def head_dtype(dtype: torch.dtype | None) -> torch.dtype | None:
 
 def without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Full precision for the heads, whatever context the caller is in."""
-    if torch.is_autocast_enabled(device.type):
+    if device.type != "meta" and torch.is_autocast_enabled(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -14,14 +14,15 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from retrofit.architectures.recognition import recognise_config, recognise_tensors
 from retrofit.checkpoint import hub
 from retrofit.checkpoint.bundled import resolve_bundled
 from retrofit.checkpoint.manifest import MANIFEST, Manifest
 from retrofit.checkpoint.single_file import denoising_component, guess_config_repo, holds_pipeline
-from retrofit.checkpoint.weights import PICKLES, find_weights, refuse_pickle
+from retrofit.checkpoint.weights import PICKLES, find_weights, read_header, refuse_pickle
 from retrofit.errors import CheckpointError, NotFoundError, RetrofitError, suggest
 
-Layout = Literal["pipeline", "diffusers", "transformers", "single-file"]
+Layout = Literal["pipeline", "diffusers", "transformers", "retrofit", "single-file"]
 PARTIAL = ".retrofit-partial-"
 CONFIG_FOLDER = "config"  # configs of a single-file checkpoint, beside it once it is patched
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
@@ -55,8 +56,11 @@ class Checkpoint:
     remote_code: tuple[str, ...] = ()
 
     def config(self, component: str) -> dict[str, Any]:
-        """The config of a component."""
-        return read_json(self.config_folder(component) / "config.json")
+        """The config of a component; empty for a VGGT or Pi3 that has none, the public one."""
+        file = self.config_folder(component) / "config.json"
+        if self.classes.get(component, ("", ""))[0] == "retrofit" and not file.is_file():
+            return {}
+        return read_json(file)
 
     def config_folder(self, component: str) -> Path:
         """Where a component's config lies."""
@@ -105,8 +109,14 @@ def identify(folder: Path, name: str) -> Checkpoint:
     if (folder / "config.json").is_file():
         return _component(folder, name, manifest)
     if manifest is not None and manifest.single_file:
+        own = _own_file(folder / manifest.single_file, name, manifest)
+        if own is not None and not (folder / CONFIG_FOLDER).is_dir():
+            return own
         configs = identify(folder / CONFIG_FOLDER, name)
         return _from_configs(configs, folder / manifest.single_file, name, manifest)
+    own_network = _recognise_weights(find_weights(folder))
+    if own_network is not None:
+        return _own_network(folder, own_network, name, manifest)
     singles = sorted(folder.glob("*.safetensors"))
     found = f"Give the file itself: {singles[0]}." if singles else "Give the folder above or below."
     raise CheckpointError(
@@ -158,16 +168,21 @@ def _pipeline(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
 
 def _component(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
     config = read_json(folder / "config.json")
+    own_network = recognise_config(config)
+    if own_network is not None:
+        return _own_network(folder, own_network, name, manifest)
     if "_class_name" in config:
         layout: Layout = "diffusers"
         entry = ("diffusers", str(config["_class_name"]))
     elif "model_type" in config or "architectures" in config:
         layout = "transformers"
         entry = ("transformers", str((config.get("architectures") or [""])[0]))
+    elif (named := _recognise_weights(find_weights(folder))) is not None:
+        return _own_network(folder, named, name, manifest)
     else:
         raise CheckpointError(
             f"{name}: its config.json names neither `_class_name` (diffusers) nor `model_type` "
-            "(transformers). Give a checkpoint that one of them saved."
+            "(transformers), and is none of VGGT or Pi3. Give a checkpoint that one of them saved."
         )
     return Checkpoint(
         name=name,
@@ -190,6 +205,9 @@ def _single_file(path: Path, name: str, config: str) -> Checkpoint:
         )
     if (path.parent / "config.json").is_file() and not config:
         raise CheckpointError(f"{name}: one file of a checkpoint. Give its folder: {path.parent}.")
+    own = None if config else _own_file(path, name, None)
+    if own is not None:
+        return own
     source = config or guess_config_repo(path)
     try:
         configs = _open_configs(source)
@@ -199,6 +217,33 @@ def _single_file(path: Path, name: str, config: str) -> Checkpoint:
             f"them with --config. ({error})"
         ) from error
     return _from_configs(configs, path, name, None)
+
+
+def _own_network(folder: Path, class_name: str, name: str, manifest: Manifest | None) -> Checkpoint:
+    """A folder with one of `retrofit.architectures`, whose config may be missing."""
+    return Checkpoint(
+        name=name,
+        root=folder,
+        layout="retrofit",
+        classes={"": ("retrofit", class_name)},
+        configs=folder,
+        manifest=manifest,
+    )
+
+
+def _own_file(path: Path, name: str, manifest: Manifest | None) -> Checkpoint | None:
+    """One of `retrofit.architectures` in a single file without a config, None for another."""
+    class_name = _recognise_weights([path])
+    if class_name is None:
+        return None
+    own = _own_network(path.parent, class_name, name, manifest)
+    return replace(own, layout="single-file", file=path, configs=path / CONFIG_FOLDER)
+
+
+def _recognise_weights(files: list[Path]) -> str | None:
+    """The class of `retrofit.architectures` that the tensors of whole files belong to."""
+    names = [name for file in files if file.is_file() for name in read_header(file)]
+    return recognise_tensors(names)
 
 
 def _open_configs(source: str) -> Checkpoint:

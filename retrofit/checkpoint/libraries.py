@@ -1,4 +1,4 @@
-"""What retrofit needs of diffusers and transformers as libraries: classes, dtypes, silence."""
+"""What retrofit needs of the libraries that networks come from: classes, dtypes, silence."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from retrofit.architectures.recognition import network_class
 from retrofit.checkpoint import Checkpoint
 from retrofit.errors import CheckpointError, UnsupportedError, suggest
 
 if TYPE_CHECKING:
     import torch
 
-LIBRARIES = ("diffusers", "transformers")
+LIBRARIES = ("diffusers", "transformers", "retrofit")
 
 
 def class_of(checkpoint: Checkpoint, component: str) -> Any:
@@ -28,6 +29,8 @@ def class_of(checkpoint: Checkpoint, component: str) -> Any:
             f"{checkpoint.name}: component {component!r} comes from {library!r}, not from "
             "diffusers or transformers. Load it yourself and call `retrofit.patch`."
         )
+    if library == "retrofit":
+        return network_class(class_name)
     module = importlib.import_module(library)
     if library == "transformers" and not hasattr(module, class_name):
         class_name = "AutoModel"
@@ -105,6 +108,12 @@ def failing_as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
 def conversion_command(checkpoint: Checkpoint, library: str, class_name: str) -> str:
     """The command that writes safetensors beside the pickles of a checkpoint."""
     folder = checkpoint.root
+    if library == "retrofit":
+        return (
+            'python -c "import sys, torch, safetensors.torch as s; '
+            "s.save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), "
+            f'sys.argv[2])" {folder}/model.pt {folder}/model.safetensors'
+        )
     if checkpoint.pipeline_class is not None:
         library, class_name = "diffusers", "DiffusionPipeline"
     elif library == "transformers" and not class_name:

@@ -197,6 +197,8 @@ def _build(checkpoint: Checkpoint, component: str, trust_remote_code: bool) -> A
     cls = class_of(checkpoint, component)
     folder = str(checkpoint.config_folder(component))
     with failing_as_checkpoint_error(checkpoint):
+        if checkpoint.classes[component][0] == "retrofit":
+            return cls.from_config(checkpoint.config(component), strict=False).eval()
         if checkpoint.classes[component][0] == "diffusers":
             return cls.from_config(cls.load_config(folder)).eval()
         from transformers import AutoConfig, AutoModel
@@ -218,6 +220,12 @@ def _load(
 ) -> Any:
     cls = class_of(checkpoint, component)
     as_dtype = torch_dtype(dtype or weights.dtype)
+    if checkpoint.classes[component][0] == "retrofit":
+        return cls.from_pretrained(
+            checkpoint.file or checkpoint.weight_folder(component),
+            config=checkpoint.config(component),
+            dtype=None if dtype is None else as_dtype,
+        )
     with failing_as_checkpoint_error(checkpoint), quiet_libraries():
         if checkpoint.file is not None:
             config = str(checkpoint.config_folder(component))

@@ -71,6 +71,7 @@ def run(
 
     with without_collector():
         from retrofit.checkpoint import find_checkpoint
+        from retrofit.checkpoint.read_past import summarise, tensors_read_past
         from retrofit.inspection import AskedSize, inspect_checkpoint
 
         checkpoint = find_checkpoint(model, weights=False, config=config)
@@ -88,6 +89,9 @@ def run(
         print_lines(f"patched with {recipe['method']}: {recipe['parameters']}", "")
     for report in reports:
         _print(report, every)
+    unused = tensors_read_past(checkpoint)
+    if unused:
+        print_lines(f"read past, the network has no such part: {summarise(unused)}")
 
 
 def _print(report: NetworkReport, every: bool) -> None:
@@ -147,6 +151,8 @@ def _common_path(paths: list[str]) -> str:
 
 
 def _as_json(checkpoint: Checkpoint, reports: Sequence[NetworkReport]) -> dict[str, Any]:
+    from retrofit.checkpoint.read_past import tensors_read_past
+
     manifest = checkpoint.manifest
     return result(
         family=reports[0].family,
@@ -156,6 +162,7 @@ def _as_json(checkpoint: Checkpoint, reports: Sequence[NetworkReport]) -> dict[s
             (path, reason) for report in reports for path, reason in report.unreachable.items()
         ],
         layout=checkpoint.layout,
+        tensors_read_past=tensors_read_past(checkpoint),
         networks=[_network_json(report) for report in reports],
     )
 
