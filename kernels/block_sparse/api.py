@@ -87,9 +87,10 @@ def block_sparse_attention(
             (as `scaled_dot_product_attention` does).
         scale: Factor on the scores, `D ** -0.5` when None.
         return_lse: Also return the natural log-sum-exp of the scores.
-        backend: `native`, `torch` or `reference`; None takes `RETROFIT_BACKEND`, else the first
-            that can run the call. `torch` leaves no operator of ours in a traced graph, so that
-            an exported program loads without retrofit.
+        backend: `triton`, `native`, `torch` or `reference`; None takes `RETROFIT_BACKEND`, else
+            the first that can run the call. Gradients take the PyTorch route on every device.
+            `torch` leaves no operator of ours in a traced graph, so that an exported program
+            loads without retrofit.
 
     Returns:
         Output `[B, H, S_q, D_v]`, in the dtype of `value` (of autocast where it is on); with

@@ -5,10 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from retrofit.kernels._dispatch import OPERATORS, Probe, Support, choose_backend
+from retrofit.kernels._triton import triton_supports
 from retrofit.kernels.block_sparse.eager import attend_on_cpu
 from retrofit.kernels.block_sparse.lists import BlockLists
 from retrofit.kernels.block_sparse.native import attend_native, native_supports
 from retrofit.kernels.block_sparse.plain import Problem, attend_eagerly, new_results
+from retrofit.kernels.block_sparse.triton_route import triton_attention
 
 OPERATOR = "block_sparse_attention"
 
@@ -16,6 +18,7 @@ OPERATOR = "block_sparse_attention"
 def answers(probe: Probe) -> dict[str, Support]:
     """Whether each backend can run a call, in order of preference, and the reason if not."""
     return {
+        "triton": triton_supports(probe.device, probe.dtype, probe.head_dim),
         "native": native_supports(probe.device, probe.dtype, probe.num_tokens),
         "torch": (True, ""),
         "reference": (True, ""),  # in the open, before the operator is reached
@@ -37,7 +40,7 @@ def run_backend(
     probe = Probe(
         device=p.query.device.type,
         dtype=p.query.dtype,
-        head_dim=p.query.shape[3],
+        head_dim=max(p.query.shape[3], p.value.shape[3]),
         num_tokens=max(p.query.shape[2], p.key.shape[2]),
         is_strided=any(x.stride(3) != 1 for x in (p.query, p.key, p.value)),
     )
@@ -45,8 +48,9 @@ def run_backend(
     out, lse = new_results(p.query, p.value)
     if not p.query.numel() or not p.value.numel() or _is_empty(block_mask):
         return out.zero_(), lse.fill_(float("-inf"))
-    if name == "native":
-        attend_native(p, block_mask, out=out, lse=lse if with_lse else None)
+    if name in ("triton", "native"):
+        attend = triton_attention if name == "triton" else attend_native
+        attend(p, block_mask, out=out, lse=lse if with_lse else None)
         return out, lse if with_lse else None
     if p.query.device.type == "cpu":
         return attend_on_cpu(p, block_mask, with_lse=with_lse)

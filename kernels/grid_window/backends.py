@@ -7,12 +7,13 @@ from torch import Tensor
 
 from retrofit.errors import UnsupportedError
 from retrofit.kernels._dispatch import OPERATORS, Probe, Support, choose_backend, forced_backend
+from retrofit.kernels._triton import triton_supports
 
 from .axes import WindowAxis
 from .native import native_attention, native_supports
 from .pattern import Pattern
 from .tiled import tiled_attention
-from .triton_route import triton_attention, triton_supports
+from .triton_route import triton_attention
 
 NEIGHBORHOOD, WINDOW = "neighborhood_attention", "window_attention"
 

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from retrofit.kernels._triton import capability, pad_dim
+
 from .axes import AxisTables
 from .pattern import Pattern
 from .positions import axis_steps, first_grid_position, special_token_positions
 
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-MAX_HEAD_DIM = 256
 LOG2E = 1 / math.log(2)
 
 
@@ -46,19 +44,6 @@ class TritonPlan(NamedTuple):
     special: Tensor
 
 
-def triton_supports(device: str, dtype: torch.dtype, head_dim: int) -> tuple[bool, str]:
-    """Whether the Triton kernel can run a call, and the reason if not."""
-    if device != "cuda" and not (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1"):
-        return False, f"tensors on {device}; the Triton kernel runs on a GPU"
-    if importlib.util.find_spec("triton") is None:
-        return False, "triton is not installed; pip install triton"
-    if dtype not in DTYPES:
-        return False, f"{dtype}; the Triton kernel takes float16, bfloat16 and float32"
-    if head_dim > MAX_HEAD_DIM:
-        return False, f"head dim {head_dim}; the Triton kernel takes at most {MAX_HEAD_DIM}"
-    return True, ""
-
-
 def choose_launch(head_dim: int, element_size: int, rows: int, capability: int) -> Launch:
     """Settings that compile without spills; not tuned on a device yet.
 
@@ -75,13 +60,6 @@ def choose_launch(head_dim: int, element_size: int, rows: int, capability: int) 
     if rows <= 64 and head_dim <= 64:
         return Launch(64, 64, 4, 3)
     return Launch(128, 64 if capability >= 90 or head_dim <= 64 else 32, 8, 3)
-
-
-def _capability(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 90  # interpreted
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
 
 
 def triton_attention(
@@ -167,7 +145,7 @@ def _launch(
     rows = [axis.rows.shape[2] for axis in axes]
     num_rows = plan.special.shape[0] if special_rows else math.prod(rows)
     widest = max(dim, v.shape[3])
-    launch = choose_launch(widest, q.element_size(), num_rows, _capability(q.device))
+    launch = choose_launch(widest, q.element_size(), num_rows, capability(q.device))
     row_blocks = -(-num_rows // launch.block_m)
     masks, strides = _key_mask(attn_mask)
     grid = (math.prod(tiles) * row_blocks, batch * heads)
@@ -216,8 +194,8 @@ def kernel_constants(
         "VALUE_DIM": dim_v,
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
-        "BLOCK_D": max(16, 1 << (dim - 1).bit_length()),
-        "BLOCK_V": max(16, 1 << (dim_v - 1).bit_length()),
+        "BLOCK_D": pad_dim(dim),
+        "BLOCK_V": pad_dim(dim_v),
         **{f"MASKED_{n}": axis.is_masked for n, axis in enumerate(axes)},
     }
 

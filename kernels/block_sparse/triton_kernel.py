@@ -1,0 +1,256 @@
+"""The Triton kernel: a query block walks its list, whole blocks first and without masks."""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def add_tile(acc, peak, total, scores, b_v, scale_log2, IS_MASKED: tl.constexpr):
+    """One step of the running softmax; masked scores are scaled already, and may be all -inf."""
+    if IS_MASKED:
+        now = tl.maximum(peak, tl.max(scores, 1))
+        base = tl.where(now == -float("inf"), 0.0, now)
+        weights = tl.exp2(scores - base[:, None])
+        shrink = tl.exp2(peak - base)
+    else:
+        now = tl.maximum(peak, tl.max(scores, 1) * scale_log2)
+        weights = tl.exp2(scores * scale_log2 - now[:, None])
+        shrink = tl.exp2(peak - now)
+    total = total * shrink + tl.sum(weights, 1)
+    acc = acc * shrink[:, None]
+    acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
+    return acc, now, total
+
+
+@triton.jit
+def add_attn_mask(scores, p_mask, row, key, m_key, row_step, key_step, KIND: tl.constexpr):
+    """Apply a mask over keys, or over rows and keys: 1, 2 bool; 3, 4 added to the scores."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    if KIND % 2 == 1:
+        p_tile = (p_mask + key.to(tl.int64) * key_step)[None, :]
+        m_tile = m_key[None, :]
+    else:
+        p_tile = (
+            p_mask + row.to(tl.int64)[:, None] * row_step + key.to(tl.int64)[None, :] * key_step
+        )
+        m_tile = m_key[None, :] & (row >= 0)[:, None]
+    if KIND <= 2:
+        seen = tl.load(p_tile, mask=m_tile, other=0)
+        scores = tl.where(seen != 0, scores, -float("inf"))
+    else:
+        bias = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
+        # the lowest finite value must not become -inf: a row of it is a plain mean
+        scores += tl.where(bias > -float("inf"), tl.maximum(bias * LOG2E, -2e38), bias)
+    return scores
+
+
+@triton.jit
+def load_tile(p, token, step, d, m_token, DIM: tl.constexpr, BLOCK: tl.constexpr):
+    """Tokens by dims, zero outside."""
+    m = m_token[:, None]
+    if DIM < BLOCK:
+        m = m & (d < DIM)[None, :]
+    return tl.load(p + token.to(tl.int64)[:, None] * step + d[None, :], mask=m, other=0.0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "list_batch",
+        "list_head",
+        "list_width",
+        "num_heads",
+        "groups",
+        "num_q",
+        "len_q",
+        "len_k",
+        "splits",
+        "k_rows_batch",
+        "k_rows_head",
+        "k_columns_head",
+        "v_rows_batch",
+        "v_rows_head",
+        "v_columns_head",
+    ]
+)
+def block_sparse_fwd_kernel(
+    p_q,
+    p_k,
+    p_v,
+    p_out,  # [splits, B, H, S_q, D_v] if there are splits
+    p_lse,  # [splits, B, H, S_q]
+    p_indices,  # int32 [rows, list_width]: whole blocks, then those with a mask
+    p_num_full,  # int32 [rows]
+    p_counts,
+    p_order,  # int32 [rows]: query blocks in the order in which they are started
+    p_mask_ids,  # int32, as p_indices
+    p_mask_bits,  # int32 [masks, BLOCK_Q, words]
+    p_mask,
+    descriptor_k,
+    descriptor_v,
+    k_rows_batch,  # where a head begins for the descriptors
+    k_rows_head,
+    k_columns_head,
+    v_rows_batch,
+    v_rows_head,
+    v_columns_head,
+    q_batch,
+    q_head,
+    q_token,
+    k_batch,
+    k_head,
+    k_token,
+    v_batch,
+    v_head,
+    v_token,
+    out_split,
+    out_batch,
+    out_head,
+    out_token,
+    mask_batch,
+    mask_head,
+    mask_row,
+    mask_key,
+    list_batch,
+    list_head,
+    list_width,
+    num_heads,
+    groups,
+    num_q,
+    len_q,
+    len_k,
+    splits,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    BLOCK_Q: tl.constexpr,  # tokens of a query block
+    BLOCK_K: tl.constexpr,  # tokens of a key block
+    BLOCK_M: tl.constexpr,  # rows of a program
+    BLOCK_N: tl.constexpr,  # keys of a step
+    BLOCK_D: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    SIGN: tl.constexpr,  # of the scale
+    MASK_KIND: tl.constexpr,  # 0 without an attention mask, else as in add_attn_mask
+    MASK_WORDS: tl.constexpr,  # words of 32 bits per row of a block mask, 0 without
+    IS_CAUSAL: tl.constexpr,
+    HAS_PARTIAL: tl.constexpr,
+    HAS_DESCRIPTORS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
+):
+    """Rows of one query block and head; query blocks are fastest: keys stay in the cache."""
+    LN2: tl.constexpr = 0.6931471805599453
+    ROW_BLOCKS: tl.constexpr = (BLOCK_Q + BLOCK_M - 1) // BLOCK_M
+    TILES: tl.constexpr = (BLOCK_K + BLOCK_N - 1) // BLOCK_N
+    IS_RAGGED: tl.constexpr = BLOCK_K % BLOCK_N != 0
+    MASKS_ALL: tl.constexpr = IS_RAGGED or MASK_KIND > 0
+    i = tl.program_id(0)
+    i_row = i % ROW_BLOCKS
+    i_q = i // ROW_BLOCKS % num_q
+    i_split = i // (ROW_BLOCKS * num_q) % splits
+    i_head = i // (ROW_BLOCKS * num_q * splits) % num_heads
+    i_batch = (i // (ROW_BLOCKS * num_q * splits) // num_heads).to(tl.int64)
+    i_list = (i_batch * list_batch + i_head * list_head).to(tl.int64)
+    if p_order is not None:
+        i_q = tl.load(p_order + i_list + i_q)
+    i_list += i_q
+    num_full = tl.load(p_num_full + i_list) * TILES
+    end = tl.load(p_counts + i_list) * TILES
+    share = (end + splits - 1) // splits
+    first = i_split * share
+    end = tl.minimum(end, first + share)
+    full_end = tl.minimum(num_full, end)
+    p_list = p_indices + i_list * list_width
+
+    inside = i_row * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = i_q * BLOCK_Q + inside
+    m_row = (inside < BLOCK_Q) & (row < len_q)
+    row = tl.where(m_row, row, -1)
+    d = tl.arange(0, BLOCK_D)
+    e = tl.arange(0, BLOCK_V)
+    n = tl.arange(0, BLOCK_N)
+    i_kv = (i_head // groups).to(tl.int64)
+    p_k += i_batch * k_batch + i_kv * k_head
+    p_v += i_batch * v_batch + i_kv * v_head
+    if MASK_KIND > 0:
+        p_mask += i_batch * mask_batch + i_head.to(tl.int64) * mask_head
+    if HAS_DESCRIPTORS:
+        k_row = (i_batch * k_rows_batch + i_kv * k_rows_head).to(tl.int32)
+        v_row = (i_batch * v_rows_batch + i_kv * v_rows_head).to(tl.int32)
+        k_column = (i_kv * k_columns_head).to(tl.int32)
+        v_column = (i_kv * v_columns_head).to(tl.int32)
+    p_head = p_q + i_batch * q_batch + i_head.to(tl.int64) * q_head
+    b_q = load_tile(p_head, row, q_token, d, m_row, HEAD_DIM, BLOCK_D)
+    if SIGN != 1:
+        b_q = b_q * SIGN
+    acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
+    peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+
+    for at in tl.range(first, full_end):
+        start = tl.load(p_list + at // TILES) * BLOCK_K + at % TILES * BLOCK_N
+        key = start + n
+        m_key = key < len_k
+        if IS_RAGGED:
+            m_key = m_key & (at % TILES * BLOCK_N + n < BLOCK_K)
+        if HAS_DESCRIPTORS:
+            b_k = descriptor_k.load([k_row + start, k_column])
+        else:
+            b_k = load_tile(p_k, key, k_token, d, m_key, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(b_q, b_k.T, input_precision="ieee")
+        if MASKS_ALL:
+            scores *= scale_log2
+            if MASK_KIND > 0:
+                scores = add_attn_mask(
+                    scores, p_mask, row, key, m_key, mask_row, mask_key, MASK_KIND
+                )
+            scores = tl.where(m_key[None, :], scores, -float("inf"))
+        if HAS_DESCRIPTORS:
+            b_v = descriptor_v.load([v_row + start, v_column])
+        else:
+            b_v = load_tile(p_v, key, v_token, e, m_key, VALUE_DIM, BLOCK_V)
+        acc, peak, total = add_tile(acc, peak, total, scores, b_v, scale_log2, MASKS_ALL)
+
+    if HAS_PARTIAL:
+        for at in tl.range(tl.maximum(first, full_end), end, num_stages=1):
+            start = tl.load(p_list + at // TILES) * BLOCK_K + at % TILES * BLOCK_N
+            key = start + n
+            within = at % TILES * BLOCK_N + n
+            m_key = (key < len_k) & (within < BLOCK_K)
+            b_k = load_tile(p_k, key, k_token, d, m_key, HEAD_DIM, BLOCK_D)
+            scores = tl.dot(b_q, b_k.T, input_precision="ieee") * scale_log2
+            if MASK_KIND > 0:
+                scores = add_attn_mask(
+                    scores, p_mask, row, key, m_key, mask_row, mask_key, MASK_KIND
+                )
+            m = m_key[None, :]
+            if IS_CAUSAL:
+                m = m & (key[None, :] <= row[:, None])
+            if MASK_WORDS > 0:
+                mask_id = tl.load(p_mask_ids + i_list * list_width + at // TILES).to(tl.int64)
+                p_word = (
+                    p_mask_bits + (tl.maximum(mask_id, 0) * BLOCK_Q + inside)[:, None] * MASK_WORDS
+                )
+                m_word = m_key[None, :] & (inside < BLOCK_Q)[:, None]
+                word = tl.load(p_word + (within // 32)[None, :], mask=m_word, other=0)
+                word = tl.where(mask_id < 0, -1, word)
+                m = m & (((word >> (within % 32)[None, :]) & 1) != 0)
+            scores = tl.where(m, scores, -float("inf"))
+            b_v = load_tile(p_v, key, v_token, e, m_key, VALUE_DIM, BLOCK_V)
+            acc, peak, total = add_tile(acc, peak, total, scores, b_v, scale_log2, True)
+
+    is_empty = total == 0.0
+    out = acc / tl.where(is_empty, 1.0, total)[:, None]
+    p_out += i_split.to(tl.int64) * out_split + i_batch * out_batch
+    p_out += i_head.to(tl.int64) * out_head
+    m_out = m_row[:, None] & (e < VALUE_DIM)[None, :]
+    p_row = p_out + row.to(tl.int64)[:, None] * out_token
+    tl.store(p_row + e[None, :], out.to(p_out.dtype.element_ty), mask=m_out)
+    if HAS_LSE:
+        lse = (peak + tl.log2(tl.where(is_empty, 1.0, total))) * LN2
+        lse = tl.where(is_empty, -float("inf"), lse)
+        num_batch = tl.num_programs(0) // (ROW_BLOCKS * num_q * splits * num_heads)
+        i_lse = (i_split.to(tl.int64) * num_batch + i_batch) * num_heads + i_head
+        tl.store(p_lse + i_lse * len_q + row, lse, mask=m_row)
