@@ -84,6 +84,7 @@ def make_one(
             height=height,
             num_inference_steps=arguments.steps,
             guidance_scale=arguments.guidance,
+            eta=arguments.eta,
             generator=torch.Generator().manual_seed(seed),
             output_type="np",
         )
@@ -99,6 +100,7 @@ def make_one(
         "seed": seed,
         "steps": arguments.steps,
         "guidance": arguments.guidance,
+        "eta": arguments.eta,
         "autocast": arguments.autocast,
         "seconds": round(seconds, 2),
         "found": judge(picture),
@@ -145,6 +147,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=64, help="prompts, from the first")
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--guidance", type=float, default=3.0)
+    parser.add_argument("--eta", type=float, default=0.0, help="noise that DDIM adds")
     parser.add_argument("--seed", type=int, default=1000, help="of the first picture")
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, quicker")
     parser.add_argument("--threads", type=int, default=1)

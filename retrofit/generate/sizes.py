@@ -84,7 +84,7 @@ def size_multiple(checkpoint: Checkpoint) -> int:
 
 def native_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
     """Width and height in pixels that the checkpoint was trained at, if its config says so."""
-    name = "transformer" if "transformer" in checkpoint.classes else "unet"
+    name = denoiser_name(checkpoint)
     if name not in checkpoint.classes:
         return None
     side = checkpoint.config(name).get("sample_size")
@@ -93,6 +93,11 @@ def native_size(checkpoint: Checkpoint) -> tuple[int, int] | None:
     height, width = (side, side) if isinstance(side, int) else side
     factor = _vae_factor(checkpoint)
     return int(width) * factor, int(height) * factor
+
+
+def denoiser_name(checkpoint: Checkpoint) -> str:
+    """The component that a pipeline calls at every step."""
+    return "transformer" if "transformer" in checkpoint.classes else "unet"
 
 
 def _vae_factor(checkpoint: Checkpoint) -> int:
