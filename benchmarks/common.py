@@ -6,6 +6,8 @@ import argparse
 import json
 import os
 import secrets
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,3 +156,15 @@ def emit(line: Mapping[str, Any]) -> None:
 def say(text: str) -> None:
     """A line on stderr, for people."""
     sys.stderr.write(text + "\n")
+
+
+def print_clock(machine: Machine) -> None:
+    """On a GPU, the clock of its multiprocessors after the run, on stderr."""
+    if machine.device != "cuda":
+        return
+    command = ["nvidia-smi", "--query-gpu=clocks.sm,power.draw,temperature.gpu", "--format=csv"]
+    if shutil.which(command[0]) is None:
+        say("SM clock: unknown, nvidia-smi is not installed")
+        return
+    done = subprocess.run(command, capture_output=True, text=True)
+    say("after the run: " + " | ".join(done.stdout.strip().splitlines()))

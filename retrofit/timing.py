@@ -190,16 +190,17 @@ def filled_with_nan() -> Iterator[None]:
     """While entered, uninitialized tensors hold NaN: what is never written can't pass a check."""
     was_on = torch.are_deterministic_algorithms_enabled()
     only_warned = torch.is_deterministic_algorithms_warn_only_enabled()
-    filled = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that an operation is not deterministic
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
+        settings.fill_uninitialized_memory = True
         try:
             yield
         finally:
             torch.use_deterministic_algorithms(was_on, warn_only=only_warned)
-            torch.utils.deterministic.fill_uninitialized_memory = filled
+            settings.fill_uninitialized_memory = filled
 
 
 def _clocked(clock: Callable[[], float]) -> Stopwatch:
