@@ -111,7 +111,8 @@ class AttendAtSite:
         """Take the place of `scaled_dot_product_attention`, tensors `[B, H, S, D]`."""
         decoding = self.site.kind != "cross" and query.shape[2] != key.shape[2]
         if decoding or call_index < self.site.num_calls - 1:
-            self._count("dense")
+            if not torch.compiler.is_compiling():
+                self.counts.dense += 1
             return scaled_dot_product_attention(
                 query,
                 key,
@@ -130,15 +131,14 @@ class AttendAtSite:
         query, key, value = _same_dtype(query, key, value)
         operator = self.method.build(self.site, self._grid(query), self.state)
         out = operator(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
-        self._count("patched")
         if not torch.compiler.is_compiling():
-            self._observe(operator, query, key, out)
+            self.counts.patched += 1
+            if self.measure or self.check_finite:
+                self._observe(operator, query, key, out)
         return out
 
     def _grid(self, query: Tensor) -> TokenGrid:
-        if self.site.kind == "cross":
-            return TokenGrid(width=query.shape[2])
-        if self.scope is None:
+        if self.scope is None or self.site.kind == "cross":
             return TokenGrid(width=query.shape[2])
         grid = self.scope.grid
         if grid is None:
@@ -150,10 +150,6 @@ class AttendAtSite:
             grid = grid.one_frame()
         grid.check(query.shape[2], self.where)
         return grid
-
-    def _count(self, what: str) -> None:
-        if not torch.compiler.is_compiling():
-            setattr(self.counts, what, getattr(self.counts, what) + 1)
 
     def _observe(self, operator: Any, query: Tensor, key: Tensor, out: Tensor) -> None:
         if self.measure:
@@ -239,7 +235,7 @@ class GuardRoot:
 def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Cast as autocast casts attention, which an interception comes before."""
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
     elif query.dtype == key.dtype == value.dtype:
         return query, key, value
@@ -251,9 +247,10 @@ def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
 def _is_finite(out: Any) -> bool:
     """Whether the first floating tensor of an output is finite; true for anything without one."""
     if isinstance(out, Tensor):
-        if not out.is_floating_point() or out.is_meta:
+        if not out.is_floating_point() or out.is_meta or not out.numel():
             return True
-        return bool(torch.isfinite(out).all())
+        extremes = torch.stack(torch.aminmax(out.detach()))  # NaN wins in both; one pass
+        return bool(torch.isfinite(extremes).all())
     if isinstance(out, dict):
         out = tuple(out.values())
     if isinstance(out, (tuple, list)) and out:

@@ -238,7 +238,8 @@ def _check_fraction(
     """Return a float, or a float64 tensor that broadcasts over `[B, H, n_q, n_k]`."""
     if value is None:
         return None
-    given = torch.as_tensor(value, dtype=torch.float64)
+    place = value.device if isinstance(value, Tensor) else "cpu"  # also where meta is the default
+    given = torch.as_tensor(value, dtype=torch.float64, device=place)
     wanted = "0 < keep <= 1" if name == "keep" else "0 <= mass <= 1"
     low = given > 0 if name == "keep" else given >= 0
     if not bool((low & (given <= 1)).all()):

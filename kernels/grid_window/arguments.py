@@ -176,7 +176,7 @@ def as_four_dims(attn_mask: Tensor | None, query: Tensor) -> Tensor | None:
 def align_dtypes(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Bring the three to one dtype: that of autocast where it is on, else that of `value`."""
     device = query.device.type
-    if torch.is_autocast_enabled(device):
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
         if query.dtype != torch.float64:
             return query.to(dtype), key.to(dtype), value.to(dtype)

@@ -1,0 +1,241 @@
+"""What one call of a network does: every operation with its sizes, and the memory it holds.
+
+The network runs on the meta device, where nothing is computed or allocated.
+"""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
+from torch.utils.flop_counter import flop_registry
+
+PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+OURS = ("block_sparse_attention", "grid_window")
+FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation at one size.
+
+    Attributes:
+        kind: `product`, `convolution`, `attention` (dense), `sparse`, or `memory`.
+        name: Of the operator.
+        family: What its rate depends on; operations of one family share one rate.
+        size: Where it stands among others of its family, for rates that depend on it.
+        flops: Of one execution; 0 for `memory`.
+        num_bytes: Read and written by one execution.
+    """
+
+    kind: str
+    name: str
+    family: tuple[Any, ...]
+    size: float
+    flops: float
+    num_bytes: float
+
+    @property
+    def amount(self) -> float:
+        """What its time grows with."""
+        return self.flops or self.num_bytes
+
+
+@dataclass(frozen=True)
+class Example:
+    """Arguments on meta with which an operation ran."""
+
+    function: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+
+@dataclass
+class Trace:
+    """Operations of one or several calls.
+
+    Attributes:
+        counts: How often each operation ran.
+        examples: For each family, arguments of its largest operation.
+        peak_bytes: Most memory held at once, weights included.
+    """
+
+    counts: Counter[Operation] = field(default_factory=Counter)
+    examples: dict[tuple[Any, ...], tuple[Operation, Example]] = field(default_factory=dict)
+    peak_bytes: int = 0
+
+    @property
+    def flops(self) -> float:
+        """Of everything."""
+        return sum(operation.flops * n for operation, n in self.counts.items())
+
+    def flops_of(self, *kinds: str) -> float:
+        """Of some kinds."""
+        return sum(o.flops * n for o, n in self.counts.items() if o.kind in kinds)
+
+    def add(self, operation: Operation, example: Example) -> None:
+        """Note one execution."""
+        self.counts[operation] += 1
+        held = self.examples.get(operation.family)
+        if held is None or held[0].amount < operation.amount:
+            self.examples[operation.family] = operation, example
+
+
+@contextmanager
+def tracing(weights: torch.nn.Module) -> Iterator[Trace]:
+    """While entered, everything that runs on meta is noted.
+
+    Args:
+        weights: The network, whose parameters and buffers are held all the time.
+    """
+    trace = Trace()
+    memory = _Memory()
+    for tensor in (*weights.parameters(), *weights.buffers()):
+        memory.hold(tensor)
+    with torch.no_grad(), torch.device("meta"), _Operations(trace, memory), _Attention(trace):
+        yield trace
+    trace.peak_bytes = memory.peak
+
+
+class _Memory:
+    """Bytes of the storages that are alive."""
+
+    def __init__(self) -> None:
+        self.known: set[int] = set()
+        self.now = 0
+        self.peak = 0
+
+    def hold(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = id(storage)
+        if key in self.known:
+            return
+        self.known.add(key)
+        size = storage.nbytes()
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._drop, key, size)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+class _Attention(TorchFunctionMode):
+    """Takes dense attention as one operation, whose scores are never held."""
+
+    def __init__(self, trace: Trace) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is not scaled_dot_product_attention:
+            return func(*args, **kwargs)
+        query, key, value = (
+            args[i] if len(args) > i else kwargs[name]
+            for i, name in enumerate(("query", "key", "value"))
+        )
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        self.trace.add(
+            attention_operation(query, key, value, masked=mask is not None),
+            Example(scaled_dot_product_attention, args, kwargs),
+        )
+        return query.new_empty(*query.shape[:-1], value.shape[-1])
+
+
+def attention_operation(
+    query: Tensor, key: Tensor, value: Tensor, *, masked: bool = False
+) -> Operation:
+    """Dense attention as an operation; its rate depends on how many keys there are."""
+    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+    # few queries take PyTorch's small tiles
+    family = ("attention", query.dtype, query.shape[-1], masked, min(query.shape[-2], 1024) // 256)
+    return Operation(
+        kind="attention",
+        name="scaled_dot_product_attention",
+        family=(*family, round(math.log2(key.shape[-2]))),
+        size=math.log2(key.shape[-2]),
+        flops=2.0 * pairs * (query.shape[-1] + value.shape[-1]),
+        num_bytes=float(sum(_bytes(x) for x in (query, key, value)) + _bytes(query)),
+    )
+
+
+class _Operations(TorchDispatchMode):
+    """Notes every operator below PyTorch's own decompositions."""
+
+    def __init__(self, trace: Trace, memory: _Memory) -> None:
+        super().__init__()
+        self.trace = trace
+        self.memory = memory
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        outputs = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
+        for tensor in outputs:
+            if tensor.is_meta:
+                self.memory.hold(tensor)
+        name = func.overloadpacket.__name__
+        if not func.is_view and name not in FREE and outputs:
+            operation = describe(func, args, kwargs, out, outputs)
+            self.trace.add(operation, Example(func, args, kwargs))
+        return out
+
+
+def describe(func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor]) -> Operation:
+    """An executed operator as an operation."""
+    packet = func.overloadpacket
+    name = packet.__name__
+    inputs = [x for x in tree_flatten((args, kwargs))[0] if isinstance(x, Tensor)]
+    num_bytes = float(sum(map(_bytes, inputs)) + sum(map(_bytes, outputs)))
+    formula = flop_registry.get(packet)
+    flops = 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
+    dtype = outputs[0].dtype
+    kind, family, size = "memory", ("memory", name, dtype), 0.0
+    if name in PRODUCTS and flops:
+        inner, columns = inputs[-1].shape[-2:]
+        # products with few rows read the weights for little
+        rows = min(inputs[-2].shape[-2], 512) // 128
+        kind, family = "product", ("product", name, dtype, inner, columns, rows)
+    elif name == "convolution":
+        weight, rest = args[1], args[3:]
+        outside = math.prod(outputs[0].shape[2:]) * outputs[0].shape[0]
+        kind = "convolution"
+        family = ("convolution", dtype, tuple(weight.shape), repr(rest), min(outside, 4096) // 1024)
+    elif name in OURS:
+        kind, family = "sparse", _our_family(name, args, dtype)
+    elif flops:
+        kind, family = "product", ("product", name, dtype)
+    return Operation(
+        kind=kind, name=name, family=family, size=size, flops=flops, num_bytes=num_bytes
+    )
+
+
+def _our_family(name: str, args: Any, dtype: torch.dtype) -> tuple[Any, ...]:
+    """What the rate of one of our operators depends on: its pattern, not its heads."""
+    dim = args[0].shape[-1]
+    if name == "grid_window":
+        return ("sparse", name, dtype, dim, tuple(args[5]), tuple(args[6]))
+    listed = len(args[3]) > 1
+    visited = args[3][0].shape[-1] if listed else None
+    return ("sparse", name, dtype, dim, args[5], args[6], args[0].shape[-2], listed, visited)
+
+
+def _bytes(x: Tensor) -> float:
+    return x.numel() * x.element_size()
