@@ -6,7 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
+import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from retrofit.grid import TokenGrid
 from retrofit.intercept import Handler
@@ -38,6 +40,44 @@ class Operator(Protocol):
     def keep_fraction(self, query: Tensor, key: Tensor) -> float:
         """Fraction of query-key pairs that this call computes, 1.0 when dense."""
         ...
+
+
+class Dense:
+    """The operator of a call that keeps everything: the dense model's own attention.
+
+    Bit for bit the same, and with nothing else run: beside small layers the Python code of a
+    sparse operator costs as much as the attention.
+    """
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        attn_mask: Tensor | None,
+        is_causal: bool,
+        scale: float | None,
+    ) -> Tensor:
+        """Attend to everything."""
+        if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
+            attn_mask = attn_mask.to(query.dtype)
+        return scaled_dot_product_attention(
+            query,
+            key,
+            value,
+            attn_mask,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+
+    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
+        """Everything is kept."""
+        return 1.0
+
+
+DENSE = Dense()
 
 
 @dataclass(frozen=True, kw_only=True)

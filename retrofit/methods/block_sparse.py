@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.functional import pad
 
 from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.grid import TokenGrid
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_blocks
-from retrofit.methods.base import Method, Operator
+from retrofit.methods.base import DENSE, Method, Operator
 from retrofit.methods.block_choice import choose_under_mask, visible_keys
 from retrofit.methods.block_layout import Arranged, arrange, full_mask, join_masks, mask_rows
 from retrofit.methods.window_sizes import check_keep
@@ -82,7 +82,12 @@ class BlockSparseConfig(Method):
 
     def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
         """Blocks of this grid's tokens."""
-        return BlockSparse(config=self, grid=grid)
+        return DENSE if self.keeps_all(grid) else BlockSparse(config=self, grid=grid)
+
+    def keeps_all(self, grid: TokenGrid) -> bool:
+        """Whether every block is kept whatever the scores are."""
+        blocks = _count(grid.num_grid_tokens, self.block_size[1])
+        return blocks == 1 or (self.keep is not None and int(blocks * self.keep) >= blocks)
 
 
 @dataclass(kw_only=True)
@@ -122,8 +127,6 @@ class BlockSparse:
                 "block-sparse: expected attention without `is_causal`, got it. Leave that site "
                 "out with `sites`."
             )
-        if self._is_dense():
-            return _attend(query, key, value, attn_mask, scale)
         attn_mask = full_mask(attn_mask, key.shape[2])
         parts = self._arrange(query, key, attn_mask)
         block_map = self._choose(parts, scale)
@@ -144,13 +147,11 @@ class BlockSparse:
         order = torch.cat([parts.special, parts.tokens]).argsort()
         special = query.index_select(2, parts.special)
         mask = None if attn_mask is None else mask_rows(attn_mask, parts.special)
-        seeing_all = _attend(special, key, value, mask, scale)
+        seeing_all = DENSE(special, key, value, attn_mask=mask, is_causal=False, scale=scale)
         return torch.cat([seeing_all, out], 2).index_select(2, order)
 
     def keep_fraction(self, query: Tensor, key: Tensor) -> float:
         """Fraction of the pairs of visible tokens that the latest call computed."""
-        if self._is_dense():
-            return 1.0
         parts = self._arrange(query, key, None)
         block_map = self.choose_blocks(query, key) if self.block_map is None else self.block_map
         real = self.real
@@ -169,12 +170,6 @@ class BlockSparse:
     def choose_blocks(self, query: Tensor, key: Tensor) -> Tensor:
         """The blocks that a call without a mask attends to, as in `block_map`."""
         return self._choose(self._arrange(query, key, None), None)
-
-    def _is_dense(self) -> bool:
-        """Whether every block is kept whatever the scores are."""
-        blocks = _count(self.grid.num_grid_tokens, self.config.block_size[1])
-        keep = self.config.keep
-        return blocks == 1 or (keep is not None and int(blocks * keep) >= blocks)
 
     def _arrange(self, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Arranged:
         return arrange(
@@ -215,13 +210,6 @@ class BlockSparse:
         if mask is not None:  # a row's own blocks may come on top
             longest = longest + _count(block_q, block_k) + 1
         return lists_from_mask(block_map, max_count=min(longest, block_map.shape[3]))
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor | None, scale: float | None
-) -> Tensor:
-    gqa = query.shape[1] != key.shape[1]
-    return scaled_dot_product_attention(query, key, value, attn_mask, scale=scale, enable_gqa=gqa)
 
 
 def _count(length: int, block: int) -> int:

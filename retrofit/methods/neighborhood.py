@@ -16,13 +16,14 @@ from torch import Tensor
 from retrofit.errors import ConfigError
 from retrofit.grid import TokenGrid, kept_pairs
 from retrofit.kernels import neighborhood_attention
-from retrofit.methods.base import Method, Operator
+from retrofit.methods.base import DENSE, Method, Operator
 from retrofit.methods.window_sizes import (
     Size,
     check_at_least_one,
     check_causal,
     check_window_settings,
     choose_neighborhood,
+    covers,
     per_axis,
 )
 from retrofit.run_state import RunState
@@ -90,6 +91,8 @@ class NeighborhoodConfig(Method):
             keep = DEFAULT_KEEP if self.keep is None else self.keep
             size = choose_neighborhood(grid.shape, keep)
         causal = self.is_causal
+        if not causal and covers(grid.shape, size):
+            return DENSE
         return _Neighborhoods(
             grid=grid,
             window_size=size,

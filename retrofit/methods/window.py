@@ -15,12 +15,13 @@ from torch import Tensor
 from retrofit.errors import ConfigError
 from retrofit.grid import TokenGrid, kept_pairs
 from retrofit.kernels import window_attention
-from retrofit.methods.base import Method, Operator
+from retrofit.methods.base import DENSE, Method, Operator
 from retrofit.methods.window_sizes import (
     Size,
     check_causal,
     check_window_settings,
     choose_partition,
+    covers,
     partition_fraction,
     per_axis,
 )
@@ -74,6 +75,8 @@ class WindowConfig(Method):
         else:
             keep = DEFAULT_KEEP if self.keep is None else self.keep
             size = choose_partition(grid.shape, keep)
+        if covers(grid.shape, size):
+            return DENSE
         shift = (0, 0, 0)
         if self.shift and site.index % 2:
             shift = _half_windows(grid.shape, size)

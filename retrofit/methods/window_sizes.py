@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
+
+import torch
 
 from retrofit.errors import UnsupportedError
 from retrofit.grid import TokenGrid
@@ -27,6 +30,11 @@ def check_window_settings(window_size: int | Size | None, keep: float | None) ->
     if window_size is not None:
         problems += check_at_least_one("window_size", window_size)
     return problems + check_keep(keep)
+
+
+def covers(shape: Sequence[int], size: Size) -> bool:
+    """Whether a window is the whole grid."""
+    return size[0] >= shape[0] and size[1] >= shape[1] and size[2] >= shape[2]
 
 
 def check_at_least_one(name: str, value: int | Size) -> list[str]:
@@ -68,6 +76,27 @@ def choose_partition(shape: Size, keep: float) -> Size:
 
     Only `keep` 1 is the whole grid: what is cut into windows keeps at most half.
     """
+    return _remember(_choose_partition, shape, keep)
+
+
+def choose_neighborhood(shape: Size, keep: float) -> Size:
+    """The window around a query that is nearest to a cube and to `keep` of the grid."""
+    return _remember(_choose_neighborhood, shape, keep)
+
+
+def _remember(choose: Callable[[Size, float], Size], shape: Size, keep: float) -> Size:
+    """The size chosen at an earlier call; a traced graph has symbols for lengths and chooses."""
+    if torch.compiler.is_compiling():
+        return choose(shape, keep)
+    return _call_once(choose, shape, keep)
+
+
+@functools.cache
+def _call_once(choose: Callable[[Size, float], Size], shape: Size, keep: float) -> Size:
+    return choose(shape, keep)
+
+
+def _choose_partition(shape: Size, keep: float) -> Size:
     if shape[0] == shape[1] == 1:  # a text: as many windows as 1 / keep, whatever its length
         counts = [count for count in (int(1 / keep), math.ceil(1 / keep)) if count > 1 or keep == 1]
         return 1, 1, -(-shape[2] // min(counts, key=lambda count: max(count * keep, 1 / count)))
@@ -79,8 +108,7 @@ def choose_partition(shape: Size, keep: float) -> Size:
     return _nearest(shape, keep, sizes, partition_fraction)
 
 
-def choose_neighborhood(shape: Size, keep: float) -> Size:
-    """The window around a query that is nearest to a cube and to `keep` of the grid."""
+def _choose_neighborhood(shape: Size, keep: float) -> Size:
     if shape[0] == shape[1] == 1:
         return 1, 1, max(1, int(keep * shape[2] + 0.5))
 

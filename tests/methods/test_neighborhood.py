@@ -23,7 +23,6 @@ def build(config, grid):
     ("grid", "keep", "window"),
     [
         (TEXT, 0.25, (1, 1, 100)),
-        (TEXT, 1.0, (1, 1, 400)),
         (TokenGrid(height=14, width=14), 0.25, (1, 7, 7)),
         (VIDEO, 0.1, (15, 15, 15)),
         (VIDEO, 0.5, (21, 28, 28)),

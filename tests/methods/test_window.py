@@ -7,6 +7,8 @@ import torch
 
 from retrofit.errors import ConfigError
 from retrofit.grid import TokenGrid
+from retrofit.methods.base import DENSE
+from retrofit.methods.neighborhood import NeighborhoodConfig
 from retrofit.methods.window import WindowConfig
 from tests.methods_table import make_call
 
@@ -26,7 +28,6 @@ def build(config, grid, index=0):
         (TEXT, 0.5, (1, 1, 200), 0.5),
         (TEXT, 0.25, (1, 1, 100), 0.25),
         (TEXT, 0.9, (1, 1, 200), 0.5),  # nothing lies between half and all
-        (TEXT, 1.0, (1, 1, 400), 1.0),
         (PHOTO, 0.5, (1, 14, 7), 0.505),
         (PHOTO, 0.25, (1, 7, 7), 0.2576),
         (VIDEO, 0.25, (21, 15, 26), 0.25),
@@ -37,6 +38,17 @@ def test_keep_chooses_windows_for_the_tokens_of_the_call(grid, keep, window, kep
     operator = build(WindowConfig(keep=keep), grid)
     assert operator.window_size == window
     assert operator.keep_fraction(None, None) == pytest.approx(kept, abs=1e-3)
+
+
+@pytest.mark.parametrize("grid", [TEXT, PHOTO, VIDEO])
+@pytest.mark.parametrize(
+    "config",
+    [WindowConfig(keep=1.0), WindowConfig(window_size=400), NeighborhoodConfig(keep=1.0)],
+)
+def test_a_window_as_large_as_the_grid_is_the_dense_attention_itself(config, grid):
+    operator = build(config, grid)
+    assert operator is DENSE
+    assert operator.keep_fraction(None, None) == 1.0
 
 
 @pytest.mark.parametrize(
