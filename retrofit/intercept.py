@@ -58,6 +58,9 @@ def patched_forward(
     return inner(*args, **kwargs)
 
 
+UNFLATTEN = torch.Tensor.unflatten  # its own Python body can't be traced under a mode
+
+
 class FunctionMode(TorchFunctionMode):
     """Hands every call of one torch function to a replacement, and counts them."""
 
@@ -72,13 +75,12 @@ class FunctionMode(TorchFunctionMode):
         self, func: Forward, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         """Dispatch one torch call; the mode is off while this runs."""
-        kwargs = kwargs or {}
         if func is self.function:
             self.calls += 1
-            return self.replacement(self.calls - 1, *args, **kwargs)
-        if func is torch.Tensor.unflatten:  # its own Python body can't be traced under a mode
-            return args[0].unflatten(*args[1:], **kwargs)
-        return func(*args, **kwargs)
+            return self.replacement(self.calls - 1, *args, **(kwargs or {}))
+        if func is UNFLATTEN:
+            return args[0].unflatten(*args[1:], **(kwargs or {}))
+        return func(*args, **kwargs) if kwargs else func(*args)
 
 
 class ReplaceFunction:
