@@ -1,10 +1,11 @@
-"""Patch a real checkpoint, compare it with the dense one, save it, verify it, undo it.
+"""Patch a real checkpoint, compare it, save it, verify it, undo it; then draw larger pictures.
 
     python -m examples.demo
     python -m examples.demo --documents 20 --output my-demo
 
 The checkpoint is MiniLM-L6, a sentence encoder; the documents are prose that ships with Python and
-the packages installed here. Nothing is downloaded.
+the packages installed here. The pictures come from the small model in examples/shapes. Nothing is
+downloaded.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before a library looks at it
 
 from examples.demo.long_attention import SHAPE, LongCall, time_long_call
 from examples.demo.minilm import compare_minilm, find_minilm
+from examples.demo.pictures import RECIPE, Row, draw_sheet, make_rows
 from examples.demo.round_trip import PATCHED, RESTORED, run_round_trip
 from retrofit.commands.console import print_table
 from retrofit.compare.report import plot, table, to_dict, verdict
@@ -56,6 +58,8 @@ def run_demo(num_documents: int, folder: Path) -> None:
     say("\n3. A patched checkpoint, proved in a fresh process, and back to the original's bytes")
     files = run_round_trip(model, folder)
     say(f"\nAll {len(files)} files of {RESTORED}/ have the SHA-256 of the original's.")
+    say("\n4. Pictures at twice the size that a model was trained at")
+    show_pictures(make_rows(progress=print_progress()), folder)
     show_what_is_where(folder)
     say(f"\nDone in {time.perf_counter() - start:.0f} s.")
 
@@ -103,16 +107,30 @@ def show_long_call(call: LongCall) -> None:
     print_table(["keep", "dense, ms", "block-sparse, ms", "speed, dense = 1"], [row])
 
 
+def show_pictures(rows: list[Row], folder: Path) -> None:
+    """Print the time of each row, and write the pictures, each with its recipe, and a sheet."""
+    print_table(["", "seconds a picture"], [[row.name, f"{row.seconds:.1f}"] for row in rows])
+    draw_sheet(rows, folder / "pictures.png")
+    for row in rows[1:]:
+        for picture in row.pictures:
+            name = f"{picture.prompt} {row.name.split()[-1]}".replace(" ", "-")
+            picture.save(folder / f"{name}.png")
+    dense, patched = (row.seconds for row in rows[1:])
+    say(f"   hidiffusion with the recipe {RECIPE} took {patched / dense:.0%} of the time.")
+
+
 def show_what_is_where(folder: Path) -> None:
     """Say what lies in the output folder."""
     say(f"\nLook at {folder}/:")
     for name, what in {
         "comparison.png": "the comparison as a picture",
+        "pictures.png": "one subject or several: the training size, twice that, and hidiffusion",
+        "a-purple-star-hidiffusion.png": "with its recipe inside: `retrofit generate --like` it",
         "comparison.json": "every number behind it, document by document",
         f"{PATCHED}/": "the patched checkpoint; `retrofit.json` is all that was added",
         f"{RESTORED}/": "the original again",
     }.items():
-        say(f"  {name:21} {what}")
+        say(f"  {name:30} {what}")
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -12,10 +13,12 @@ from examples.demo import __main__ as demo
 from examples.demo import minilm
 from examples.demo.long_attention import time_long_call
 from examples.demo.minilm import METHODS, compare_minilm, find_minilm
+from examples.demo.pictures import make_rows
 from examples.demo.round_trip import PATCHED, RESTORED, compare_bytes, run_round_trip
 from retrofit.compare.inputs import InputChoice, make_inputs
 from retrofit.compare.result import Comparison
 from retrofit.errors import NotFoundError, RetrofitError
+from retrofit.generate.png import read_record
 from tests import tiny_models, tiny_pipelines
 
 
@@ -117,3 +120,20 @@ def test_a_flipped_byte_is_found(tmp_path: Path) -> None:
 def test_failing_command_stops_the_demo(tmp_path: Path) -> None:
     with pytest.raises(RetrofitError, match="`retrofit patch` ended with 2"):
         run_round_trip(tmp_path / "nothing", tmp_path)
+
+
+def test_pictures_come_at_the_training_size_and_twice_that(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = make_rows(("a red star",), steps=2)
+    assert [row.pictures[0].image.size for row in rows] == [(128, 128), (256, 256), (256, 256)]
+    dense, patched = (np.asarray(row.pictures[0].image) for row in rows[1:])
+    assert not np.array_equal(dense, patched)
+    demo.show_pictures(rows, tmp_path)
+    assert read_record(tmp_path / "a-red-star-hidiffusion.png")["request"]["steps"] == 2
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "pictures.png",
+        "a-red-star-unpatched.png",
+        "a-red-star-hidiffusion.png",
+    }
+    assert "256x256 unpatched" in capsys.readouterr().out
