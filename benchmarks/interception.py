@@ -7,16 +7,18 @@ is printed, with the smallest and the largest. `python -m benchmarks.interceptio
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import statistics
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
 
 import retrofit
+
+WARM_UP = 2  # rounds
 
 
 def minilm(tokens: int) -> tuple[Any, dict[str, Any]]:
@@ -54,23 +56,20 @@ def sd15_block(size: int) -> tuple[Any, dict[str, Any]]:
     return model.eval(), inputs
 
 
-def measure(run: Callable[[], Any], model: Any, rounds: int) -> dict[str, float]:
+def measure(model: Any, inputs: dict[str, Any], rounds: int) -> dict[str, float]:
     """Ratio of patched to dense time, 1.0 when the interception is free."""
+    models = {"dense": model, "patched": copy.deepcopy(model)}
+    retrofit.patch(models["patched"], "window", window_size=1_000_000)
     ratios = []
-    for i in range(rounds + 2):
+    for i in range(rounds + WARM_UP):
         seconds = {}
         for variant in ("dense", "patched") if i % 2 else ("patched", "dense"):
-            patch = None
-            if variant == "patched":
-                patch = retrofit.patch(model, "window", window_size=1_000_000)
-            run()  # the first call after a change builds what later ones reuse
             start = time.perf_counter()
-            run()
+            with torch.no_grad():
+                models[variant](**inputs)
             seconds[variant] = time.perf_counter() - start
-            if patch is not None:
-                patch.remove()
         ratios.append(seconds["patched"] / seconds["dense"])
-    ratios = ratios[2:]  # warm-up
+    ratios = ratios[WARM_UP:]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
@@ -88,18 +87,14 @@ def main() -> None:
         side = options.latents
         cases[f"SD 1.5 block, {side}x{side} latents"] = sd15_block(side)
     for name, (model, inputs) in cases.items():
-
-        def run(model: Any = model, inputs: dict[str, Any] = inputs) -> None:
-            with torch.no_grad():
-                model(**inputs)
-
-        line = {"case": name, **measure(run, model, options.rounds), "load": os.getloadavg()[0]}
+        line = {"case": name, **measure(model, inputs, options.rounds), "load": os.getloadavg()[0]}
         if options.json:
-            print(json.dumps(line))
+            print(json.dumps(line), flush=True)
         else:
             print(
                 f"{name}: patched / dense = {line['median']:.3f} "
-                f"({line['min']:.3f} to {line['max']:.3f}), load {line['load']:.1f}"
+                f"({line['min']:.3f} to {line['max']:.3f}), load {line['load']:.1f}",
+                flush=True,
             )
 
 
