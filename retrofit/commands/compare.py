@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retrofit.commands import options
-from retrofit.commands.console import count, print_json, print_lines, print_table, result, say
+from retrofit.commands.console import count, print_json, print_lines, print_table, result, stages
 
 if TYPE_CHECKING:
     from retrofit.compare.checkpoints import Variant
@@ -145,7 +144,7 @@ def run(
     )
     asked = AskedSize(width=width, height=height, frames=frames, tokens=tokens)
     choice = InputChoice(files=tuple(inputs or ()), count=num_inputs, asked=asked, seed=seed)
-    with _progress() as advance:
+    with stages() as advance:
         comparison = compare_checkpoint(
             model,
             variants,
@@ -203,36 +202,6 @@ def _refuse_plot(plot: Path | None) -> None:
         raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf.")
     if not plot.absolute().parent.is_dir():
         raise InputError(f"--plot {plot}: its folder does not exist. Make it first.")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left on a terminal; elsewhere one line for each stage; on stderr."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.MofNCompleteColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    stages: list[str] = []
-    with bars.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as shown:
-        task = shown.add_task("")
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in stages[-1:]:
-                stages.append(what)
-                shown.reset(task)
-                if not console.is_terminal:
-                    say(f"{what} ...")
-            shown.update(task, description=what, completed=done, total=total)
-
-        yield advance
 
 
 def _as_json(comparison: Comparison, plot: Path | None) -> dict[str, Any]:

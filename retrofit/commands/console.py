@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -96,6 +96,39 @@ def progress(what: str, total: int) -> Iterator[Any]:
     ) as shown:
         task = shown.add_task(what, total=total)
         yield lambda amount: shown.advance(task, amount)
+
+
+@contextmanager
+def stages() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar on stderr with the time left; off a terminal one line a stage; yields `advance`.
+
+    Called as `advance(what, done, total)`.
+    """
+    from rich import progress as bars
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    columns = (
+        bars.TextColumn("{task.description}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeRemainingColumn(),
+    )
+    stages: list[str] = []
+    with bars.Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as shown:
+        task = shown.add_task("")
+
+        def advance(what: str, done: int, total: int) -> None:
+            if what not in stages[-1:]:
+                stages.append(what)
+                shown.reset(task)
+                if not console.is_terminal:
+                    say(f"{what} ...")
+            shown.update(task, description=what, completed=done, total=total)
+
+        yield advance
 
 
 @contextmanager

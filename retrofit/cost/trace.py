@@ -34,7 +34,6 @@ class Operation:
         kind: `product`, `convolution`, `attention` (dense), `sparse`, or `memory`.
         name: Of the operator.
         family: What its rate depends on; operations of one family share one rate.
-        size: Where it stands among others of its family, for rates that depend on it.
         flops: Of one execution; 0 for `memory`.
         num_bytes: Read and written by one execution.
     """
@@ -42,7 +41,6 @@ class Operation:
     kind: str
     name: str
     family: tuple[Any, ...]
-    size: float
     flops: float
     num_bytes: float
 
@@ -150,10 +148,9 @@ class _Attention(TorchFunctionMode):
             for i, name in enumerate(("query", "key", "value"))
         )
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        self.trace.add(
-            attention_operation(query, key, value, masked=mask is not None),
-            Example(scaled_dot_product_attention, args, kwargs),
-        )
+        operation = attention_operation(query, key, value, masked=mask is not None)
+        if operation.flops:
+            self.trace.add(operation, Example(scaled_dot_product_attention, args, kwargs))
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
@@ -162,13 +159,13 @@ def attention_operation(
 ) -> Operation:
     """Dense attention as an operation; its rate depends on how many keys there are."""
     pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+    num_keys = round(math.log2(max(1, key.shape[-2])))
     # few queries take PyTorch's small tiles
     family = ("attention", query.dtype, query.shape[-1], masked, min(query.shape[-2], 1024) // 256)
     return Operation(
         kind="attention",
         name="scaled_dot_product_attention",
-        family=(*family, round(math.log2(key.shape[-2]))),
-        size=math.log2(key.shape[-2]),
+        family=(*family, num_keys),
         flops=2.0 * pairs * (query.shape[-1] + value.shape[-1]),
         num_bytes=float(sum(_bytes(x) for x in (query, key, value)) + _bytes(query)),
     )
@@ -207,7 +204,8 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor])
     formula = flop_registry.get(packet)
     flops = 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
     dtype = outputs[0].dtype
-    kind, family, size = "memory", ("memory", name, dtype), 0.0
+    kind: str = "memory"
+    family: tuple[Any, ...] = ("memory", name, dtype)
     if name in PRODUCTS and flops:
         inner, columns = inputs[-1].shape[-2:]
         # products with few rows read the weights for little
@@ -222,9 +220,7 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor])
         kind, family = "sparse", _our_family(name, args, dtype)
     elif flops:
         kind, family = "product", ("product", name, dtype)
-    return Operation(
-        kind=kind, name=name, family=family, size=size, flops=flops, num_bytes=num_bytes
-    )
+    return Operation(kind=kind, name=name, family=family, flops=flops, num_bytes=num_bytes)
 
 
 def _our_family(name: str, args: Any, dtype: torch.dtype) -> tuple[Any, ...]:

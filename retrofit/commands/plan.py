@@ -1,0 +1,210 @@
+"""`retrofit plan`: what patching would bring on this machine, before anything is patched."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from retrofit.commands import options
+from retrofit.commands.console import (
+    count,
+    format_bytes,
+    print_json,
+    print_lines,
+    print_table,
+    result,
+    stages,
+)
+
+if TYPE_CHECKING:
+    from retrofit.cost.plan import Cost, NetworkPlan, Plan
+
+SIZE = "What it would run on"
+KIND_NAMES = {
+    "attention": "dense attention",
+    "sparse": "sparse attention",
+    "product": "matrix products",
+    "convolution": "convolutions",
+    "memory": "everything else",
+}
+
+
+def run(
+    model: options.Model,
+    method: options.Method = None,
+    recipe: options.RecipeFile = None,
+    settings: options.Settings = None,
+    sites: options.Sites = None,
+    component: options.Components = None,
+    config: options.Config = "",
+    size: Annotated[
+        str | None,
+        typer.Option(
+            "--size",
+            metavar="WxH",
+            help="Pixels of a picture, video or view.",
+            rich_help_panel=SIZE,
+        ),
+    ] = None,
+    frames: Annotated[
+        int | None,
+        typer.Option("--frames", help="Frames of a video, views of a scene.", rich_help_panel=SIZE),
+    ] = None,
+    tokens: Annotated[
+        int | None, typer.Option("--tokens", help="Length of a text.", rich_help_panel=SIZE)
+    ] = None,
+    steps: Annotated[
+        int,
+        typer.Option(
+            "--steps", help="Denoising steps of a run, for a diffusion model.", rich_help_panel=SIZE
+        ),
+    ] = 20,
+    device: options.Device = None,
+    dtype: options.Dtype = None,
+    trust_remote_code: options.TrustRemoteCode = False,
+    json: options.Json = False,
+) -> None:
+    r"""Predict time and memory, dense against patched, and whether patching helps at all.
+
+    Reads configs only: the model is not loaded. A few seconds of measurement tell how fast this
+    machine runs operations of its shapes. Times are for one call, batch 1, as a mean over the
+    denoising steps of a run.
+
+    [bold]Examples[/bold]
+
+    $ retrofit plan sd15/ --method window --size 512x512
+    unet: one call, latents 64x64, 4096 tokens, float32 on CPU, AMD EPYC, 2 threads
+    ...
+    window will not help here (1.03x): attention takes 9% of a dense call, and doing none of it
+    would give 1.10x. Break-even is near 2100 tokens.
+
+    $ retrofit plan minilm/ -m block-sparse --tokens 512
+    $ retrofit plan wan/ -m freeswim --size 1920x1080 --frames 81 --json
+
+    [bold]In Python[/bold]
+
+    from retrofit.cost.plan import Request, plan_checkpoint
+    plan_checkpoint(find_checkpoint("sd15/"), Request(what="window", ...)).networks[0].speed
+    """
+    what = options.read_recipe(method, recipe)
+    parameters = options.read_settings(settings)
+    width, height = options.read_size(size)
+    for name, value in {"frames": frames, "tokens": tokens, "steps": steps}.items():
+        options.require_positive(name, value)
+
+    from retrofit.checkpoint import find_checkpoint
+    from retrofit.checkpoint.loading import pick_device
+    from retrofit.cost.plan import Request, plan_checkpoint
+    from retrofit.inspection import AskedSize
+
+    request = Request(
+        what=what,
+        parameters=parameters,
+        asked=AskedSize(width=width, height=height, frames=frames, tokens=tokens),
+        sites=tuple(sites or ()),
+        components=tuple(component or ()),
+        steps=steps,
+        device=pick_device(device),
+        dtype=dtype,
+        trust_remote_code=trust_remote_code,
+    )
+    checkpoint = find_checkpoint(model, weights=False, config=config)
+    with stages() as advance:
+        plan = plan_checkpoint(checkpoint, request, progress=advance)
+    if json:
+        print_json(_as_json(plan))
+        return
+    for network in plan.networks:
+        _print(plan, network)
+
+
+def _print(plan: Plan, network: NetworkPlan) -> None:
+    from retrofit.cost.plan import verdict
+
+    machine = _machine(plan)
+    print_lines(
+        f"{network.name or network.family}: one call of {network.size}, {network.tokens} tokens, "
+        f"{plan.dtype} on {machine['device']}, {count(machine['threads'], 'thread')}"
+        + (f", mean of {plan.steps} steps" if plan.steps > 1 else ""),
+        "",
+    )
+    columns = network.dense, network.patched
+    rows = [
+        (KIND_NAMES[kind], *(_seconds(cost.seconds[kind]) for cost in columns))
+        for kind in KIND_NAMES
+        if any(cost.seconds[kind] for cost in columns)
+    ]
+    rows += [
+        ("predicted time", *(_seconds(cost.total) for cost in columns)),
+        ("peak memory", *(format_bytes(cost.peak_bytes) for cost in columns)),
+        ("work", *(f"{cost.flops / 1e12:.3g} TFLOP" for cost in columns)),
+    ]
+    print_table(("", "dense", plan.recipe.method.name), rows)
+    for tokens, speed in sorted({**network.elsewhere, network.tokens: network.speed}.items()):
+        here = "  (the size asked for)" if tokens == network.tokens else ""
+        print_lines(f"at {tokens:>8} tokens: {speed:5.2f}x{here}")
+    print_lines("", verdict(network, plan.recipe.method.name))
+    print_lines(
+        "memory is weights and activations; the libraries of a process come on top. "
+        f"Measured for {plan.rates.seconds:.0f} s; load {machine['load']}."
+    )
+
+
+def _seconds(value: float) -> str:
+    return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
+
+
+def _machine(plan: Plan) -> dict[str, Any]:
+    import torch
+
+    from retrofit.timing import load_average, processor_name
+
+    on_gpu = plan.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
+        "threads": torch.get_num_threads(),
+        "load": load_average(),
+    }
+
+
+def _as_json(plan: Plan) -> dict[str, Any]:
+    return result(
+        family=plan.networks[0].family,
+        method=plan.recipe.method.name,
+        patched=plan.report.patched,
+        skipped=[(skip.path, skip.reason) for skip in plan.report.skipped],
+        keep_asked=getattr(plan.recipe.method, "keep", None),
+        machine={**_machine(plan), "dtype": plan.dtype},
+        steps=plan.steps,
+        measured_seconds=plan.rates.seconds,
+        networks=[_network_json(plan, network) for network in plan.networks],
+    )
+
+
+def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
+    from retrofit.cost.plan import verdict
+
+    return {
+        "name": network.name,
+        "family": network.family,
+        "size": vars(network.size),
+        "tokens": network.tokens,
+        "dense": _cost_json(network.dense),
+        "patched": _cost_json(network.patched),
+        "speed": network.speed,
+        "attention_share": network.attention_share,
+        "limit": network.limit,
+        "speed_by_tokens": {str(n): speed for n, speed in sorted(network.elsewhere.items())},
+        "break_even_tokens": network.break_even(),
+        "verdict": verdict(network, plan.recipe.method.name),
+    }
+
+
+def _cost_json(cost: Cost) -> dict[str, Any]:
+    return {
+        "seconds": cost.total,
+        "parts": dict(cost.seconds),
+        "flops": cost.flops,
+        "peak_bytes": cost.peak_bytes,
+    }
