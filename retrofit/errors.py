@@ -53,6 +53,12 @@ class VerificationError(RetrofitError):
     """A patched checkpoint does not reproduce its recorded proof."""
 
 
+class StoppedError(RetrofitError):
+    """Ctrl-C came after something was finished; the message names what."""
+
+    exit_code = 130
+
+
 class NonFiniteError(RetrofitError):
     """NaN or infinity came out of a patched model; the message names the site and the step."""
 

@@ -29,7 +29,7 @@ from retrofit.commands import (
     verify,
 )
 from retrofit.commands.console import print_json, result, say
-from retrofit.errors import RetrofitError
+from retrofit.errors import RetrofitError, StoppedError
 from retrofit.interrupts import raise_if_interrupted, watched
 
 INTERRUPTED = 130
@@ -133,7 +133,8 @@ def run(arguments: list[str]) -> int:
         if debug:
             traceback.print_exc()
         line, code = describe_error(error)
-        return _fail(f"error: {line}", code, as_json="--json" in arguments)
+        line = line if isinstance(error, StoppedError) else f"error: {line}"
+        return _fail(line, code, as_json="--json" in arguments)
     if code == INTERRUPTED:
         line = "stopped; nothing was left half-written."
         return _fail(line, code, as_json="--json" in arguments)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from retrofit.commands import options
-from retrofit.commands.console import count, print_json, print_lines, say
+from retrofit.commands.console import count, print_json, print_lines
 from retrofit.commands.generate_inputs import (
     make_request,
     name_files,
@@ -28,14 +28,13 @@ from retrofit.commands.generate_output import (
     show_progress,
     write_preview,
 )
-from retrofit.errors import InputError
+from retrofit.errors import InputError, StoppedError
 from retrofit.interrupts import raise_if_interrupted
 
 if TYPE_CHECKING:
     from retrofit.generate import Generator
     from retrofit.generate.running import Picture
 
-INTERRUPTED = 130
 PICTURE = "What it shows"
 SAMPLING = "How it is sampled"
 ADAPTERS = "What is added to the model"
@@ -310,8 +309,9 @@ def _generate(
     except KeyboardInterrupt:
         left = len(files) - len(done)
         kept = ", ".join(str(file) for file, _ in done) or "none"
-        say(f"stopped: {count(left, 'picture')} not made; finished: {kept}")
-        raise typer.Exit(INTERRUPTED) from None
+        raise StoppedError(
+            f"stopped: {count(left, 'picture')} not made; finished: {kept}"
+        ) from None
     if as_json:
         print_json(show_json(generator, opened, done, saved))
     else:

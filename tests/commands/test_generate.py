@@ -322,7 +322,7 @@ def test_ctrl_c_keeps_the_finished_pictures(pipeline, tmp_path, run_command, mon
     monkeypatch.setattr(running, "call_arguments", interrupt_second)
     answer = run_command("generate", pipeline, *QUICK, "-n", "3", "-o", tmp_path / "a.png")
     assert answer.code == 130
-    assert f"stopped: 2 pictures not made; finished: {tmp_path / 'a-1.png'}" in answer.err
+    assert answer.err.endswith(f"stopped: 2 pictures not made; finished: {tmp_path / 'a-1.png'}\n")
     assert [file.name for file in tmp_path.iterdir()] == ["a-1.png"]
     assert pixels(tmp_path / "a-1.png").shape == (32, 32, 3)
 
