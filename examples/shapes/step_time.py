@@ -1,0 +1,181 @@
+"""Time one call of Stable Diffusion's own UNets, dense and under HiDiffusion, on random weights.
+
+    python examples/shapes/step_time.py sd15 --size 1024x1024 --output runs/steps.jsonl
+
+No weights are needed: time and memory do not depend on them. Every kind of step that a schedule of
+50 has is timed (the halvings act in the first ones only) and weighed by how often it comes. On a
+CPU the process's own CPU time is taken, which other programs disturb least.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+
+import retrofit
+from retrofit.compare.measure import describe_machine
+from retrofit.timing import load_average
+
+STEPS = 50
+CONFIGS: dict[str, dict[str, Any]] = {
+    "sd15": {
+        "sample_size": 64,
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+        "block_out_channels": (320, 640, 1280, 1280),
+    },
+    "sdxl": {
+        "sample_size": 128,
+        "cross_attention_dim": 2048,
+        "attention_head_dim": (5, 10, 20),
+        "block_out_channels": (320, 640, 1280),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        "transformer_layers_per_block": (1, 2, 10),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": 256,
+        "projection_class_embeddings_input_dim": 2816,
+    },
+}
+
+
+def make_unet(name: str, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
+    """A UNet of public size with random weights."""
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**CONFIGS[name])
+    unet = unet.to(dtype).to_empty(device=device).eval()
+    with torch.no_grad():
+        for index, (path, weight) in enumerate(unet.named_parameters()):
+            if "norm" in path:
+                weight.fill_(1.0 if path.endswith("weight") else 0.0)
+            else:
+                fan_in = max(1, weight[0].numel()) if weight.dim() > 1 else 1
+                seed = torch.Generator(device).manual_seed(index)
+                weight.normal_(std=fan_in**-0.5 if weight.dim() > 1 else 0.0, generator=seed)
+    return unet
+
+
+def make_inputs(
+    name: str, width: int, height: int, dtype: torch.dtype, device: str
+) -> dict[str, Any]:
+    """Latents, text and, for SDXL, its further inputs; batch 1."""
+    config = CONFIGS[name]
+    options: dict[str, Any] = {"dtype": dtype, "device": device}
+    inputs: dict[str, Any] = {
+        "sample": torch.randn(1, 4, height // 8, width // 8, **options),
+        "timestep": torch.tensor(501, device=device),
+        "encoder_hidden_states": torch.randn(1, 77, config["cross_attention_dim"], **options),
+    }
+    if "addition_embed_type" in config:
+        inputs["added_cond_kwargs"] = {
+            "text_embeds": torch.randn(1, 1280, **options),
+            "time_ids": torch.tensor([[height, width, 0, 0, height, width]], device=device),
+        }
+    return inputs
+
+
+def clock(device: str) -> float:
+    """Seconds: of the process on a CPU, of the wall after all work is done on a GPU."""
+    if device == "cpu":
+        return time.process_time()
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def time_call(unet: Any, inputs: dict[str, Any], device: str, rounds: int) -> dict[str, Any]:
+    """Least seconds of a call, and peak memory from the weights on, in bytes."""
+    restart_peak(device)
+    seconds = []
+    for _ in range(rounds):
+        started = clock(device)
+        with torch.no_grad():
+            unet(**inputs)
+        seconds.append(clock(device) - started)
+    return {"seconds": min(seconds), "peak_bytes": peak(device)}
+
+
+def restart_peak(device: str) -> None:
+    """Forget the peak so far."""
+    if device == "cpu":
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    else:
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak(device: str) -> int:
+    """Peak memory since then."""
+    if device != "cpu":
+        return int(torch.cuda.max_memory_allocated())
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(line.split()[1]) * 1024
+
+
+def kinds_of_steps(patch: Any) -> dict[tuple[int, ...], list[int]]:
+    """Steps of the schedule by which halvings act in them."""
+    kinds: dict[tuple[int, ...], list[int]] = {}
+    for step in range(STEPS):
+        patch.at_step(step, STEPS)
+        acting = tuple(v for k, v in sorted(patch.state.values.items()) if "shifts" not in k)
+        kinds.setdefault(acting, []).append(step)
+    return kinds
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time dense and every kind of patched step."""
+    width, height = (int(side) for side in arguments.size.split("x"))
+    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    unet = make_unet(arguments.unet, dtype, device)
+    inputs = make_inputs(arguments.unet, width, height, dtype, device)
+    dense = time_call(unet, inputs, device, arguments.rounds)
+    kinds = []
+    with retrofit.patch(unet, arguments.recipe) as patch:
+        for steps in kinds_of_steps(patch).values():
+            patch.at_step(steps[0], STEPS)
+            timed = time_call(unet, inputs, device, arguments.rounds)
+            kinds.append({"first": steps[0], "steps": len(steps), **timed})
+    patched = sum(kind["seconds"] * kind["steps"] for kind in kinds) / STEPS
+    return {
+        "unet": arguments.unet,
+        "size": arguments.size,
+        "recipe": arguments.recipe,
+        "dense": dense,
+        "patched": kinds,
+        "patched_mean_seconds": patched,
+        "saved": 1 - patched / dense["seconds"],
+        "clock": "process CPU time" if device == "cpu" else "wall",
+        "rounds": arguments.rounds,
+        "load": load_average(),
+        "machine": describe_machine(unet),
+    }
+
+
+def main() -> None:
+    """Time, print and append."""
+    parser = argparse.ArgumentParser(description="Time one call of a UNet, dense and patched.")
+    parser.add_argument("unet", choices=CONFIGS)
+    parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels")
+    parser.add_argument("--recipe", default="hidiffusion", help="a method's name")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--output", type=Path, help="JSON lines to append to")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    result = run(arguments)
+    print(json.dumps(result, indent=1))
+    if arguments.output is not None:
+        with arguments.output.open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(result) + "\n")
+
+
+if __name__ == "__main__":
+    main()
