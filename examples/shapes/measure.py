@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -21,7 +22,7 @@ import yaml
 from check import judge
 from diffusers import StableDiffusionPipeline
 from evaluate import HERE, fixed_prompts, interval
-from PIL import Image
+from PIL import Image, ImageDraw
 
 import retrofit
 
@@ -31,7 +32,7 @@ SETUPS: dict[str, dict[str, Any] | None] = {
     "raunet": {"windows": False},
     "both": {},
 }
-NAMES = ("one", "color", "right")
+CELL, LABEL = 92, 20  # pixels of a contact sheet
 
 
 def read_size(text: str) -> tuple[int, int]:
@@ -117,16 +118,38 @@ def grade(row: dict[str, Any]) -> tuple[bool, bool, bool]:
     return one, color, color and found["shape"] == wanted["shape"]
 
 
+def group_rows(rows: list[dict[str, Any]]) -> dict[tuple[str, str], list[dict[str, Any]]]:
+    """Pictures by size and label, smallest size first."""
+    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
+    for row in sorted(rows, key=lambda row: (math.prod(read_size(row["size"])), row["index"])):
+        groups[row["size"], row["label"]].append(row)
+    return groups
+
+
+def draw_sheet(rows: list[dict[str, Any]], folder: Path, file: Path, columns: int = 10) -> None:
+    """Write the first pictures of every group, with its rates above them."""
+    groups = group_rows(rows)
+    sheet = Image.new("RGB", (columns * CELL, len(groups) * (CELL + LABEL)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for i, ((size, label), group) in enumerate(groups.items()):
+        top = i * (CELL + LABEL)
+        one, _, right = (sum(counts) for counts in zip(*map(grade, group), strict=True))
+        text = f"{size} {label}: one object {one}/{len(group)}, right {right}/{len(group)}"
+        draw.text((2, top + 4), text, fill="black", font_size=13)
+        for j, row in enumerate(group[:columns]):
+            with Image.open(folder / f"{label}-{size}" / f"{row['index']:02d}.png") as picture:
+                picture.thumbnail((CELL - 4, CELL - 4), Image.Resampling.LANCZOS)
+                sheet.paste(picture, (j * CELL + 2, top + LABEL))
+    sheet.quantize(256, kmeans=3).save(file, optimize=True)
+
+
 def table(rows: list[dict[str, Any]]) -> list[str]:
     """The rates as lines of a Markdown table, with Wilson's 95% intervals."""
-    groups: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        groups[row["size"], row["label"]].append(row)
     lines = [
         "| size | model | one object | and its colour | and its shape | CPU seconds each |",
         "|---|---|---|---|---|---|",
     ]
-    for (size, label), group in groups.items():
+    for (size, label), group in group_rows(rows).items():
         cells = [size, label]
         for counts in zip(*map(grade, group), strict=True):
             low, high = interval(sum(counts), len(group))
@@ -155,11 +178,17 @@ def main() -> None:
     parser.add_argument("--autocast", action="store_true", help="bfloat16 autocast, quicker")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--table", action="store_true", help="only print the table")
+    parser.add_argument("--sheet", type=Path, help="only print it and draw the first pictures")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if not arguments.table:
+    if not (arguments.table or arguments.sheet):
         measure(arguments)
-    print("\n".join(table(read_rows(arguments.output))))
+    rows = read_rows(arguments.output)
+    if arguments.label and (arguments.table or arguments.sheet):
+        rows = [row for row in rows if row["label"] in arguments.label.split(",")]
+    print("\n".join(table(rows)))
+    if arguments.sheet:
+        draw_sheet(rows, arguments.output.parent, arguments.sheet)
 
 
 if __name__ == "__main__":

@@ -20,8 +20,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A folder (pipeline, component or transformers model), a hub id, or a .safetensors "
-        "file.",
+        help="A folder (pipeline, component or transformers model), a hub id, a .safetensors "
+        "file, or `shapes`, the small bundled model.",
         show_default=False,
     ),
 ]
