@@ -70,6 +70,11 @@ class Pi3(nn.Module):
         self.register_buffer("image_std", torch.tensor(IMAGE_STD).view(1, 3, 1, 1))
 
     @classmethod
+    def read_config(cls, config: Mapping[str, Any]) -> Pi3Config:
+        """The sizes that a checkpoint's config says; unknown settings are passed over."""
+        return Pi3Config.from_dict(config, strict=False)
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any], *, strict: bool = True) -> Pi3:
         """Build one with random weights.
 
@@ -111,7 +116,7 @@ class Pi3(nn.Module):
             ConfigError: If its config is wrong.
         """
         values, files = find_checkpoint(source, **hub)
-        sizes = Pi3Config.from_dict(values if config is None else config, strict=False)
+        sizes = cls.read_config(values if config is None else config)
         wide = tuple(f"{name}." for name in HEADS) + ("image_mean", "image_std")
         model, _ = load_weights(
             lambda: cls(sizes),

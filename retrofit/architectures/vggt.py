@@ -47,6 +47,11 @@ class VGGT(nn.Module):
         self.depth_head = DPTHead(depth) if depth else None
 
     @classmethod
+    def read_config(cls, config: Mapping[str, Any]) -> VGGTConfig:
+        """The sizes that a checkpoint's config says; unknown settings are passed over."""
+        return VGGTConfig.from_dict(config, strict=False)
+
+    @classmethod
     def from_config(cls, config: Mapping[str, Any], *, strict: bool = True) -> VGGT:
         """Build one with random weights.
 
@@ -88,7 +93,7 @@ class VGGT(nn.Module):
             ConfigError: If its config is wrong.
         """
         values, files = find_checkpoint(source, **hub)
-        sizes = VGGTConfig.from_dict(values if config is None else config, strict=False)
+        sizes = cls.read_config(values if config is None else config)
         absent = tuple(f"{name}." for name in HEADS if getattr(sizes, name) is None)
         heads = tuple(f"{name}." for name in HEADS)
         model, ignored = load_weights(

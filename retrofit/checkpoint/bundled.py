@@ -7,7 +7,10 @@ from pathlib import Path
 from retrofit.errors import NotFoundError
 
 ROOT = Path(__file__).resolve().parents[2]
-BUNDLED = {"shapes": ROOT / "examples" / "shapes" / "model"}
+BUNDLED = {
+    "rooms": ROOT / "examples" / "rooms" / "model",
+    "shapes": ROOT / "examples" / "shapes" / "model",
+}
 
 
 def resolve_bundled(model: str | Path) -> str | Path:

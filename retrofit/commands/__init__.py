@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from retrofit.commands import (
+    bench,
     compare,
     doctor,
     families,
@@ -25,6 +26,7 @@ from retrofit.commands import (
     patch,
     plan,
     recipes,
+    reconstruct,
     unpatch,
     verify,
 )
@@ -46,7 +48,9 @@ VERBS: dict[str, Callable[..., None]] = {
     "verify": verify.run,
     "compare": compare.run,
     "generate": generate.run,
+    "reconstruct": reconstruct.run,
     "unpatch": unpatch.run,
+    "bench": bench.run,
 }
 
 

@@ -1,0 +1,99 @@
+"""The images of a scene: files, folders, globs, or every n-th frame of a video."""
+
+from __future__ import annotations
+
+import glob
+import importlib.util
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from retrofit.errors import InputError, NotFoundError, UnsupportedError
+
+logger = logging.getLogger(__name__)
+IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
+
+
+def find_images(given: Sequence[str | Path]) -> list[Path]:
+    """Turn what a user named into files, in their order; folders and globs sorted by name.
+
+    Args:
+        given: Files, folders (their images, not those of folders below), globs.
+
+    Raises:
+        NotFoundError: If a name stands for nothing.
+        InputError: If nothing is left, or a file is named twice.
+    """
+    found: list[Path] = []
+    for name in map(str, given):
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found += _in_folder(path)
+        elif path.is_file():
+            found.append(path)
+        elif glob.has_magic(name):
+            matched = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
+            found += [match for match in matched if match.suffix.lower() in IMAGES]
+            if not matched:
+                raise NotFoundError(f"{name}: no file of that pattern. Check the folder.")
+        else:
+            raise NotFoundError(f"{name}: no such file or folder. Check the path.")
+    if not found:
+        raise InputError("reconstruct: expected images, got none. Name files, a folder or a video.")
+    seen: set[Path] = set()
+    for path in found:
+        if path.resolve() in seen:
+            raise InputError(f"{path}: is named twice. A view may come in once only.")
+        seen.add(path.resolve())
+    return found
+
+
+def _in_folder(folder: Path) -> list[Path]:
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGES)
+    if not files:
+        raise NotFoundError(f"{folder}: holds no file ending in {', '.join(IMAGES)}.")
+    return files
+
+
+def is_video(path: Path) -> bool:
+    """Whether a name ends like a video's."""
+    return path.suffix.lower() in VIDEOS
+
+
+def read_video(path: Path, every: int, folder: Path) -> list[Path]:
+    """Write every n-th frame of a video as a PNG.
+
+    Args:
+        path: The video.
+        every: 1 takes all frames, 10 the first, the eleventh, ...
+        folder: Where they go.
+
+    Returns:
+        The files, in their order.
+
+    Raises:
+        NotFoundError: If there is no such file.
+        UnsupportedError: If PyAV, which reads videos, is not installed.
+        InputError: If it can't be read.
+    """
+    if not path.is_file():
+        raise NotFoundError(f"{path}: no such file. Check the path.")
+    if importlib.util.find_spec("av") is None:
+        raise UnsupportedError(
+            f"{path}: reading a video takes PyAV, which is not installed: pip install av"
+        )
+    import av
+
+    files: list[Path] = []
+    try:
+        with av.open(str(path)) as container:
+            for index, frame in enumerate(container.decode(video=0)):
+                if index % every == 0:
+                    file = folder / f"{path.stem}-{index:06d}.png"
+                    frame.to_image().save(file)
+                    files.append(file)
+    except (av.FFmpegError, IndexError) as error:
+        raise InputError(f"{path}: expected a video, got {error}. Convert it to MP4.") from error
+    logger.info("%s: %d frames", path, len(files))
+    return files
