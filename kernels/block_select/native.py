@@ -1,4 +1,4 @@
-"""Pools and selection by the native kernel; None where it can't run, so that PyTorch does."""
+"""Pools and selection by the native kernel."""
 
 from __future__ import annotations
 
@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from retrofit.errors import RetrofitError
-from retrofit.kernels._dispatch import OPERATORS, Probe, Support, choose_backend
 from retrofit.kernels._native import load_library
 from retrofit.kernels.block_sparse.native import DTYPES
 
 SOURCE = Path(__file__).parent / "native.c"
-OPERATOR = "select_blocks"
 RULES = {"drop": 0, "keep": 1, "keep-strict": 2}
 # Below this many elements per thread, starting it costs more than it saves.
 ELEMENTS_PER_THREAD = 2**18
@@ -65,22 +63,6 @@ def native_supports(device: str, dtype: torch.dtype) -> tuple[bool, str]:
         return False, f"{dtype}; the native kernel takes float32, bfloat16 and float16"
     library, reason = load_library(SOURCE)
     return library is not None, reason
-
-
-def answers(probe: Probe) -> dict[str, Support]:
-    """Whether each backend can run a call, in order of preference, and the reason if not."""
-    return {"native": native_supports(probe.device, probe.dtype), "torch": (True, "")}
-
-
-OPERATORS[OPERATOR] = answers
-
-
-def can_run(x: Tensor) -> bool:
-    """Whether the native kernel takes a tensor: not while tracing, when it holds no numbers."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
-        return False
-    probe = Probe(device=x.device.type, dtype=x.dtype, head_dim=x.shape[-1])
-    return choose_backend(OPERATOR, probe) == "native"
 
 
 def pool_natively(x: Tensor, block: int, pooling: str) -> Tensor:

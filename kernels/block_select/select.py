@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from retrofit.errors import ConfigError
-from retrofit.kernels.block_select.native import can_run, pool_natively, select_natively
+from retrofit.kernels.block_select.backends import backend_for
+from retrofit.kernels.block_select.native import pool_natively, select_natively
+from retrofit.kernels.block_select.triton_route import MAX_COLUMNS, select_by_triton
 from retrofit.kernels.block_sparse.lists import check_block_size
 
 Pooling = Literal["avg", "max"]
@@ -149,7 +151,7 @@ def select_by_score(
 
 def _pool(x: Tensor, block: int, pooling: Pooling) -> Tensor:
     """Pool tokens per block in float32 or wider: `[B, H, S, D]` to `[B, H, ceil(S / block), D]`."""
-    if can_run(x):
+    if backend_for(x) == "native":
         return pool_natively(x, block, pooling)
     length = x.shape[2]
     whole = length // block * block
@@ -193,10 +195,14 @@ def _select(
     if mass is not None:
         limit = torch.as_tensor(mass, dtype=scores.dtype, device=scores.device)
         limit = limit + MASS_EPS if crossing == "drop" else limit
-    if can_run(scores):
+    name = backend_for(scores)
+    # both kernels read float32; other scores, and very long rows, are sorted
+    is_long = name == "triton" and num_k > MAX_COLUMNS
+    if name != "torch" and scores.dtype == torch.float32 and not is_long and scores.numel():
         shape = scores.shape[:2]
         limit = None if limit is None else limit.expand(*shape, 1, 1).reshape(shape)
-        return select_natively(scores, fewest.view(shape), limit, crossing)
+        select = select_by_triton if name == "triton" else select_natively
+        return select(scores, fewest.view(shape), limit, crossing)
     ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
     counts = fewest
     if limit is not None:

@@ -68,6 +68,9 @@ def load_tile(p, token, step, d, m_token, DIM: tl.constexpr, BLOCK: tl.constexpr
         "len_q",
         "len_k",
         "splits",
+        "q_rows_batch",
+        "q_rows_head",
+        "q_columns_head",
         "k_rows_batch",
         "k_rows_head",
         "k_columns_head",
@@ -89,9 +92,13 @@ def block_sparse_fwd_kernel(
     p_mask_ids,  # int32, as p_indices
     p_mask_bits,  # int32 [masks, BLOCK_Q, words]
     p_mask,
+    descriptor_q,
     descriptor_k,
     descriptor_v,
-    k_rows_batch,  # where a head begins for the descriptors
+    q_rows_batch,  # where a head begins for the descriptors
+    q_rows_head,
+    q_columns_head,
+    k_rows_batch,
     k_rows_head,
     k_columns_head,
     v_rows_batch,
@@ -172,8 +179,9 @@ def block_sparse_fwd_kernel(
     e = tl.arange(0, BLOCK_V)
     n = tl.arange(0, BLOCK_N)
     i_kv = (i_head // groups).to(tl.int64)
-    p_k += i_batch * k_batch + i_kv * k_head
-    p_v += i_batch * v_batch + i_kv * v_head
+    if not HAS_DESCRIPTORS:
+        p_k += i_batch * k_batch + i_kv * k_head
+        p_v += i_batch * v_batch + i_kv * v_head
     if MASK_KIND > 0:
         p_mask += i_batch * mask_batch + i_head.to(tl.int64) * mask_head
     if HAS_DESCRIPTORS:
@@ -181,8 +189,13 @@ def block_sparse_fwd_kernel(
         v_row = (i_batch * v_rows_batch + i_kv * v_rows_head).to(tl.int32)
         k_column = (i_kv * k_columns_head).to(tl.int32)
         v_column = (i_kv * v_columns_head).to(tl.int32)
-    p_head = p_q + i_batch * q_batch + i_head.to(tl.int64) * q_head
-    b_q = load_tile(p_head, row, q_token, d, m_row, HEAD_DIM, BLOCK_D)
+    if HAS_DESCRIPTORS:
+        q_row = (i_batch * q_rows_batch + i_head * q_rows_head).to(tl.int32)
+        # rows of other blocks and heads may come with it; they are not stored
+        b_q = descriptor_q.load([q_row + i_q * BLOCK_Q + i_row * BLOCK_M, i_head * q_columns_head])
+    else:
+        p_head = p_q + i_batch * q_batch + i_head.to(tl.int64) * q_head
+        b_q = load_tile(p_head, row, q_token, d, m_row, HEAD_DIM, BLOCK_D)
     if SIGN != 1:
         b_q = b_q * SIGN
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -214,6 +227,9 @@ def block_sparse_fwd_kernel(
         acc, peak, total = add_tile(acc, peak, total, scores, b_v, scale_log2, MASKS_ALL)
 
     if HAS_PARTIAL:
+        if HAS_DESCRIPTORS:  # tiles that may reach beyond the sequence are loaded without them
+            p_k += i_batch * k_batch + i_kv * k_head
+            p_v += i_batch * v_batch + i_kv * v_head
         for at in tl.range(tl.maximum(first, full_end), end, num_stages=1):
             start = tl.load(p_list + at // TILES) * BLOCK_K + at % TILES * BLOCK_N
             key = start + n

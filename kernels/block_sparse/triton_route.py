@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-from functools import lru_cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,26 +11,9 @@ from torch import Tensor
 from retrofit.kernels._triton import capability, num_processors, pad_dim
 from retrofit.kernels.block_sparse.lists import BlockLists, count_blocks, list_entries_valid
 from retrofit.kernels.block_sparse.plain import Problem
+from retrofit.kernels.block_sparse.settings import Launch, MaskWork, choose_launch, choose_splits
 
-SETTINGS = Path(__file__).parent / "settings.json"
 LOG2E = 1 / math.log(2)
-MAX_SPLITS = 16
-MIN_TILES_PER_SPLIT = 4
-
-
-class Launch(NamedTuple):
-    """Tile of a program, and how it is compiled."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-    def options(self) -> dict[str, int]:
-        """Options of the compiler."""
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 class OrderedLists(NamedTuple):
@@ -55,42 +35,6 @@ class View(NamedTuple):
     rows_per_batch: int
     rows_per_head: int
     columns_per_head: int
-
-
-@lru_cache(maxsize=1)
-def load_settings() -> list[dict[str, Any]]:
-    """The table of settings, best match first within an architecture."""
-    rows: list[dict[str, Any]] = json.loads(SETTINGS.read_text(encoding="utf-8"))["rows"]
-    return rows
-
-
-@lru_cache(maxsize=256)
-def choose_launch(
-    arch: int, dim: int, element_size: int, block_size: tuple[int, int], *, has_descriptors: bool
-) -> Launch:
-    """Settings of the table for a call; never tuned at run time.
-
-    Args:
-        arch: Compute capability times ten; newer ones than the table knows take its last.
-        dim: Padded head dim, the larger of keys and values.
-        element_size: Bytes of an element.
-        block_size: Query and key tokens of a block.
-        has_descriptors: Whether keys and values are loaded by descriptors.
-    """
-    known = max((r["arch"] for r in load_settings() if r["arch"] <= arch), default=80)
-    for row in load_settings():
-        if (
-            row["arch"] == known
-            and row["bytes"] == element_size
-            and row["descriptors"] == has_descriptors
-            and dim <= row["dim"]
-            and block_size[0] <= row["max_block_q"]
-        ):
-            block_m = min(row["block_m"], pad_dim(block_size[0]))
-            # a tile is a part of a block: keys of other blocks would be masked
-            block_n = min(row["block_n"], pad_dim(block_size[1]))
-            return Launch(block_m, block_n, row["warps"], row["stages"], row["registers"])
-    raise AssertionError(f"no settings for {(arch, dim, element_size, block_size)}")
 
 
 def order_lists(block_mask: Tensor | BlockLists, p: Problem) -> OrderedLists:
@@ -172,13 +116,14 @@ def triton_attention(
     lists = order_lists(block_mask, p)
     dim = pad_dim(max(query.shape[3], value.shape[3]))
     arch, size = capability(query.device), query.element_size()
-    views = [view_as_matrix(x)[0] for x in (key, value)]
+    views = [view_as_matrix(x)[0] for x in (query, key, value)]
     has_descriptors = arch >= 90 and size == 2 and None not in views
-    launch = choose_launch(arch, dim, size, p.block_size, has_descriptors=has_descriptors)
+    work = _mask_work(p, lists)
+    launch = choose_launch(arch, dim, size, p.block_size, work, has_descriptors=has_descriptors)
     # a descriptor loads whole tiles, also beyond a block
     if has_descriptors and p.block_size[1] % launch.block_n:
         has_descriptors = False
-        launch = choose_launch(arch, dim, size, p.block_size, has_descriptors=False)
+        launch = choose_launch(arch, dim, size, p.block_size, work, has_descriptors=False)
     batch, heads, len_q, _ = query.shape
     row_blocks = count_blocks(p.block_size[0], launch.block_m)
     programs = row_blocks * p.num_query_blocks * batch * heads
@@ -196,11 +141,10 @@ def triton_attention(
         _merge(parts, out, lse)
 
 
-def choose_splits(programs: int, tiles: int, processors: int) -> int:
-    """Shares into which the keys of a row are cut where rows alone would leave the chip idle."""
-    if programs >= 2 * processors:
-        return 1
-    return max(1, min(-(-2 * processors // programs), tiles // MIN_TILES_PER_SPLIT, MAX_SPLITS))
+def _mask_work(p: Problem, lists: OrderedLists) -> MaskWork:
+    if lists.mask_bits is not None or (p.attn_mask is not None and p.attn_mask.shape[2] > 1):
+        return MaskWork.TILES
+    return MaskWork.ROWS if p.attn_mask is not None or p.is_causal else MaskWork.NONE
 
 
 def _launch(
@@ -219,7 +163,7 @@ def _launch(
     batch, heads, len_q, dim = query.shape
     row_blocks = count_blocks(p.block_size[0], launch.block_m)
     kind, mask, mask_strides = _attn_mask(p.attn_mask)
-    descriptors, starts = _descriptors((key, value), views, launch)
+    descriptors, starts = _descriptors(tensors, views, launch)
     list_heads = lists.counts.shape[1] * p.num_query_blocks
     grid = (row_blocks * p.num_query_blocks * splits * heads * batch,)
     block_sparse_fwd_kernel[grid](
@@ -281,18 +225,18 @@ def kernel_constants(
 
 
 def _descriptors(
-    tensors: tuple[Tensor, Tensor], views: list[View | None], launch: Launch
+    tensors: tuple[Tensor, Tensor, Tensor], views: list[View | None], launch: Launch
 ) -> tuple[list[Any], list[int]]:
-    """Descriptors of keys and values, and where their heads begin."""
-    descriptors: list[Any] = []
-    starts: list[int] = []
+    """Descriptors of queries, keys and values, and where their heads begin."""
     if not views:
-        return [None, None], [0] * 6
+        return [None] * 3, [0] * 9
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    for x, view in zip(tensors, views, strict=True):
+    descriptors, starts = [], []
+    lengths = launch.block_m, launch.block_n, launch.block_n
+    for x, view, length in zip(tensors, views, lengths, strict=True):
         assert view is not None
-        box = [launch.block_n, x.shape[3]]
+        box = [length, x.shape[3]]
         descriptors.append(TensorDescriptor(x, list(view.shape), [view.stride, 1], box))
         starts += [view.rows_per_batch, view.rows_per_head, view.columns_per_head]
     return descriptors, starts
