@@ -122,12 +122,12 @@ def run(
     from retrofit.compare import compare_models
     compare_models(model, {"half": Recipe(method=WindowConfig(keep=0.5))}, inputs).variants
     """
-    variants = _read_variants(method or [], recipe or [], settings, tuple(sites or ()))
+    variants = read_variants(method or [], recipe or [], settings, tuple(sites or ()))
     width, height = options.read_size(size)
     for name, value in {"num-inputs": num_inputs, "frames": frames, "tokens": tokens}.items():
         options.require_positive(name, value)
     options.require_positive("rounds", rounds)
-    _refuse_plot(plot)
+    refuse_plot(plot)
 
     from retrofit.checkpoint.loading import pick_device
     from retrofit.compare.checkpoints import Where, compare_checkpoint
@@ -162,7 +162,7 @@ def run(
     _print(comparison, plot)
 
 
-def _read_variants(
+def read_variants(
     methods: list[str], recipes: list[str], settings: list[str] | None, sites: tuple[str, ...]
 ) -> list[Variant]:
     """Every method and recipe with every combination of the settings."""
@@ -188,7 +188,7 @@ def _combine(settings: list[str] | None) -> Iterator[tuple[list[str], dict[str, 
         yield words, {name: value for name, (_, value) in zip(choices, chosen, strict=True)}
 
 
-def _refuse_plot(plot: Path | None) -> None:
+def refuse_plot(plot: Path | None) -> None:
     """Find out before an hour of measuring that the picture can't be written.
 
     Raises:

@@ -1,0 +1,276 @@
+"""`plan`: counted work against formulas by hand, predictions from known rates, plain words."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from retrofit.checkpoint import find_checkpoint
+from retrofit.cost import plan as planning
+from retrofit.cost.plan import Cost, NetworkPlan, Request, cost_of, plan_checkpoint, verdict
+from retrofit.cost.rates import Rates, cut_example, measure_rates
+from retrofit.cost.trace import Trace, tracing
+from retrofit.families.examples import InputSize
+from retrofit.inspection import AskedSize
+from retrofit.kernels import block_sparse_attention, neighborhood_attention, window_attention
+
+TOKENS = 96
+
+
+def seconds(**more):
+    return {**dict.fromkeys(planning.KINDS, 0.0), **more}
+
+
+def network_plan(dense, patched, elsewhere=None):
+    costs = [Cost(seconds=seconds(**c), flops=1.0, peak_bytes=1.0) for c in (dense, patched)]
+    return NetworkPlan(
+        name="",
+        family="encoder",
+        size=InputSize(tokens=100),
+        tokens=100,
+        dense=costs[0],
+        patched=costs[1],
+        elsewhere=elsewhere or {},
+    )
+
+
+def meta(*shape, dtype=torch.float32):
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def trace_of(run):
+    with tracing(nn.Module()) as trace:
+        run()
+    return trace
+
+
+def test_work_of_an_encoder_is_that_of_its_formulas(encoder):
+    request = Request(what="window", parameters={"keep": 0.5}, asked=AskedSize(tokens=TOKENS))
+    plan = plan_checkpoint(find_checkpoint(encoder), request)
+    (network,) = plan.networks
+    model = find_checkpoint(encoder).config("")
+    width, inner, layers = (
+        model["hidden_size"],
+        model["intermediate_size"],
+        model["num_hidden_layers"],
+    )
+    products = layers * TOKENS * 2 * (4 * width**2 + 2 * width * inner) + 2 * width**2  # pooler
+    attention = layers * 4 * width * TOKENS**2
+    assert network.dense.flops == products + attention
+    assert network.patched.flops == products + attention / 2
+    assert network.dense.seconds["attention"] > 0
+    assert network.dense.seconds["sparse"] == 0
+    assert network.patched.seconds["sparse"] > 0
+
+
+@pytest.mark.parametrize(
+    ("run", "pairs"),
+    [
+        (lambda q: scaled_dot_product_attention(q, q, q), 60 * 60),
+        (lambda q: window_attention(q, q, q, grid=(1, 6, 10), window_size=(1, 3, 5)), 60 * 15),
+        (
+            lambda q: neighborhood_attention(q, q, q, grid=(1, 6, 10), window_size=(1, 3, 3)),
+            60 * 9,
+        ),
+        (
+            lambda q: block_sparse_attention(
+                q,
+                q,
+                q,
+                torch.ones(1, 1, 6, 6, dtype=torch.bool, device="meta"),
+                block_size=(10, 10),
+            ),
+            60 * 60,
+        ),
+    ],
+    ids=["dense", "boxes", "neighborhood", "blocks"],
+)
+def test_attention_counts_its_pairs(run, pairs):
+    trace = trace_of(lambda: run(meta(2, 3, 60, 8)))
+    assert trace.flops == 4 * 2 * 3 * 8 * pairs
+    assert trace.flops_of("attention", "sparse") == trace.flops
+
+
+def test_products_and_convolutions_are_counted_as_what_they_are():
+    linear, conv = nn.Linear(8, 12), nn.Conv2d(4, 6, 3, padding=1)
+    linear.to("meta"), conv.to("meta")
+    trace = trace_of(lambda: (linear(meta(5, 8)), conv(meta(2, 4, 7, 9))))
+    assert trace.flops_of("product") == 2 * 5 * 8 * 12
+    assert trace.flops_of("convolution") == 2 * 2 * 6 * 7 * 9 * 4 * 9
+
+
+def test_memory_is_what_is_held_at_the_worst_moment():
+    module = nn.Linear(10, 10, bias=False).to("meta")
+
+    def run():
+        a = meta(1000)  # held to the end
+        b = meta(2000)
+        c = b + 1  # 1000 + 2000 + 2000 floats, the peak
+        del b, c
+        return a + meta(500).sum()
+
+    with tracing(module) as trace:
+        run()
+    assert trace.peak_bytes == 4 * (100 + 1000 + 2000 + 2000)
+
+
+def test_predicted_time_is_amount_times_rate():
+    trace = trace_of(lambda: (torch.mm(meta(4, 5), meta(5, 6)), meta(100) + 1))
+    rates = Rates(overhead=0.5)
+    for operation in trace.counts:
+        rates.per_amount[operation.family] = 2.0 if operation.kind == "product" else 3.0
+    cost = cost_of([(trace, 1)], rates)
+    assert cost.seconds["product"] == pytest.approx(0.5 + 2.0 * 2 * 4 * 5 * 6)
+    assert cost.seconds["memory"] == pytest.approx(0.5 + 3.0 * 800)
+    assert cost.total == pytest.approx(sum(cost.seconds.values()))
+
+
+def test_cost_of_a_run_is_the_mean_over_its_steps():
+    short = trace_of(lambda: torch.mm(meta(4, 5), meta(5, 6)))
+    long = trace_of(lambda: torch.mm(meta(8, 5), meta(5, 6)))
+    rates = Rates(per_amount={op.family: 1.0 for t in (short, long) for op in t.counts})
+    cost = cost_of([(short, 3), (long, 1)], rates)
+    assert cost.total == pytest.approx((3 * 240 + 480) / 4)
+    assert cost.flops == (3 * 240 + 480) / 4
+
+
+def test_a_family_without_a_rate_takes_that_of_its_nearest_relative():
+    rates = Rates(per_amount={("product", "mm", 1, 1): 7.0, ("convolution", 2): 9.0}, per_byte=5.0)
+    product = next(iter(trace_of(lambda: torch.mm(meta(4, 5), meta(5, 6))).counts))
+    addition = next(iter(trace_of(lambda: meta(10) + 1).counts))
+    assert rates.time_of(product) == 7.0 * product.flops
+    assert rates.time_of(addition) == 5.0 * addition.num_bytes
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda: scaled_dot_product_attention(*[meta(2, 8, 5000, 64)] * 3),
+        lambda: torch.mm(meta(40_000, 512), meta(512, 512)),
+        lambda: torch.nn.functional.conv2d(meta(2, 64, 256, 256), meta(64, 64, 3, 3), padding=1),
+        lambda: neighborhood_attention(
+            *[meta(1, 4, 4 * 64 * 64, 64)] * 3, grid=(4, 64, 64), window_size=(4, 21, 21)
+        ),
+        lambda: window_attention(
+            *[meta(1, 4, 8 * 64 * 64, 64)] * 3, grid=(8, 64, 64), window_size=(8, 32, 32)
+        ),
+    ],
+    ids=["attention", "product", "convolution", "neighborhood", "boxes"],
+)
+def test_examples_too_large_to_measure_are_cut(run):
+    trace = trace_of(run)
+    ((operation, example),) = [held for held in trace.examples.values() if held[0].kind != "memory"]
+    with torch.no_grad():
+        cut, flops = cut_example(operation, example)
+    assert 0 < flops < operation.flops
+    assert flops < 1e10
+    assert cut.function is example.function
+
+
+def test_every_family_is_measured(encoder):
+    from retrofit.checkpoint.opening import build_networks
+
+    model = build_networks(find_checkpoint(encoder))
+    ids = torch.ones(1, TOKENS, dtype=torch.int64, device="meta")
+    with tracing(model) as trace:
+        model(input_ids=ids)
+    rates = measure_rates([trace], "cpu")
+    assert rates.unmeasured == {}
+    assert set(rates.per_amount) == set(trace.examples)
+    assert all(rate > 0 for rate in rates.per_amount.values())
+
+
+def test_steps_that_differ_are_all_counted(pipeline):
+    request = Request(
+        what="hidiffusion",
+        parameters={},
+        asked=AskedSize(width=64, height=64),
+        steps=10,
+    )
+    plan = plan_checkpoint(find_checkpoint(pipeline), request)
+    (network,) = plan.networks
+    assert plan.steps == 10
+    assert network.name == "unet"
+    assert network.patched.flops < network.dense.flops
+
+
+def test_break_even_lies_where_the_speed_passes_1():
+    plan = network_plan({"attention": 2.0}, {"sparse": 1.0}, {25: 0.5, 400: 4.0})
+    assert plan.speed == 2.0
+    assert plan.break_even() == 50  # half way, on a logarithmic scale, from 25 to 100
+
+
+@pytest.mark.parametrize(
+    ("dense", "patched", "elsewhere", "words"),
+    [
+        ((1.0, 1.0), (0.2, 1.0), {}, ("should make a call about 1.67x as fast", "takes 50%")),
+        ((0.1, 9.9), (0.05, 9.9), {}, ("will not help here", "would give 1.01x")),
+        ((1.0, 1.0), (3.0, 1.0), {}, ("will make a call slower here (0.50x", "slower at every")),
+        ((1.0, 1.0), (0.2, 1.0), {25: 0.5}, ("Break-even is near",)),
+    ],
+    ids=["helps", "does not help", "harms", "break-even"],
+)
+def test_the_verdict_is_in_plain_words(dense, patched, elsewhere, words):
+    plan = network_plan(
+        {"attention": dense[0], "product": dense[1]},
+        {"sparse": patched[0], "product": patched[1]},
+        elsewhere,
+    )
+    assert all(word in verdict(plan, "window") for word in words)
+
+
+def test_the_command_prints_a_prediction(run_command, encoder):
+    answer = run_command("plan", encoder, "-m", "window", "--tokens", TOKENS, "--device", "cpu")
+    assert answer.code == 0, answer.err
+    for words in ("predicted time", "peak memory", "the size asked for", "of a dense call"):
+        assert words in answer.out
+
+
+def test_the_command_prints_json(run_command, encoder):
+    answer = run_command("plan", encoder, "-m", "block-sparse", "--tokens", 320, "--json")
+    assert answer.code == 0, answer.err
+    (network,) = answer.json["networks"]
+    assert answer.json["method"] == "block-sparse"
+    assert len(answer.json["patched"]) == 2
+    speed = network["dense"]["seconds"] / network["patched"]["seconds"]
+    assert network["speed"] == pytest.approx(speed)
+    assert network["verdict"]
+
+
+def test_weights_are_not_read(run_command, encoder, copy_of):
+    folder = copy_of(encoder)
+    for file in folder.glob("*.safetensors"):
+        file.unlink()
+    answer = run_command("plan", folder, "-m", "window", "--tokens", TOKENS, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["machine"]["dtype"] == "float32"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "expected --method or --recipe"),
+        (("-m", "windows"), "windows"),
+        (("-m", "window", "--size", "huge"), "expected WIDTHxHEIGHT"),
+        (("-m", "window", "--size", "64x64"), "--size says nothing"),
+        (("-m", "window", "--tokens", "0"), "--tokens"),
+        (("-m", "window", "--steps", "0"), "--steps"),
+        (("-m", "window", "--dtype", "int8"), "int8"),
+        (("-m", "window", "--set", "keep=2"), "keep"),
+        (("-m", "t3"), "t3"),
+    ],
+    ids=["none", "method", "size", "axis", "tokens", "steps", "dtype", "setting", "misfit"],
+)
+def test_wrong_input_is_one_line(run_command, encoder, arguments, message):
+    answer = run_command("plan", encoder, *arguments)
+    assert answer.code == 2
+    assert answer.out == ""
+    lines = [line for line in answer.err.strip().splitlines() if not line.endswith(" ...")]
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_an_empty_trace_costs_nothing():
+    assert cost_of([(Trace(), 1)], Rates()).total == 0
