@@ -1,4 +1,4 @@
-"""Time one call of Stable Diffusion's own UNets, dense and under HiDiffusion, on random weights.
+"""Time one call of Stable Diffusion's own UNets, on random weights, dense and under HiDiffusion.
 
     python examples/shapes/step_time.py sd15 --size 1024x1024 --output runs/steps.jsonl
 
@@ -20,9 +20,11 @@ from diffusers import UNet2DConditionModel
 
 import retrofit
 from retrofit.compare.measure import describe_machine
+from retrofit.recipe import Recipe, shipped_recipes
 from retrofit.timing import load_average
 
 STEPS = 50
+SMALL, MODEL = "shapes", Path(__file__).parent / "model" / "unet"
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd15": {
         "sample_size": 64,
@@ -47,7 +49,9 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def make_unet(name: str, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
-    """A UNet of public size with random weights."""
+    """A UNet of public size with random weights; or the small trained one."""
+    if name == SMALL:
+        return UNet2DConditionModel.from_pretrained(MODEL, torch_dtype=dtype).to(device)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**CONFIGS[name])
     unet = unet.to(dtype).to_empty(device=device).eval()
@@ -66,7 +70,7 @@ def make_inputs(
     name: str, width: int, height: int, dtype: torch.dtype, device: str
 ) -> dict[str, Any]:
     """Latents, text and, for SDXL, its further inputs; batch 1."""
-    config = CONFIGS[name]
+    config = CONFIGS.get(name, {"cross_attention_dim": 96})
     options: dict[str, Any] = {"dtype": dtype, "device": device}
     inputs: dict[str, Any] = {
         "sample": torch.randn(1, 4, height // 8, width // 8, **options),
@@ -136,7 +140,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     inputs = make_inputs(arguments.unet, width, height, dtype, device)
     dense = time_call(unet, inputs, device, arguments.rounds)
     kinds = []
-    with retrofit.patch(unet, arguments.recipe) as patch:
+    with retrofit.patch(unet, Recipe.read(shipped_recipes()[arguments.recipe])) as patch:
         for steps in kinds_of_steps(patch).values():
             patch.at_step(steps[0], STEPS)
             timed = time_call(unet, inputs, device, arguments.rounds)
@@ -160,9 +164,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 def main() -> None:
     """Time, print and append."""
     parser = argparse.ArgumentParser(description="Time one call of a UNet, dense and patched.")
-    parser.add_argument("unet", choices=CONFIGS)
+    parser.add_argument("unet", choices=[*CONFIGS, SMALL])
     parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels")
-    parser.add_argument("--recipe", default="hidiffusion", help="a method's name")
+    parser.add_argument("--recipe", default="unet2d_hidiffusion", help="a shipped recipe")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rounds", type=int, default=1)
