@@ -20,6 +20,7 @@ from tests import tiny_models, tiny_pipelines
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "generate.md"
 SHORT = {"num_inference_steps": 3}  # the first of them halved
+EMBEDDING = 10  # width of what an IP-Adapter's image encoder gives
 TWICE = {"height": 64, "width": 64}  # pixels; the tiny pipelines were made for 32 x 32
 Change = Callable[[Any], tuple[Any, dict[str, Any]]]
 
@@ -64,7 +65,7 @@ def ip_adapter_weights() -> dict[str, dict[str, torch.Tensor]]:
     """A seeded IP-Adapter for the tiny UNet, with one token an image."""
     unet = tiny_models.make_sd15_unet()
     generator = torch.Generator().manual_seed(5)
-    width, embedding = int(unet.config.cross_attention_dim), 10
+    width = int(unet.config.cross_attention_dim)
     layers: dict[str, torch.Tensor] = {}
     key = 1
     for name, processor in unet.attn_processors.items():
@@ -76,7 +77,7 @@ def ip_adapter_weights() -> dict[str, dict[str, torch.Tensor]]:
             key += 2
         assert processor is not None
     projection = {
-        "proj.weight": torch.randn((4 * width, embedding), generator=generator),
+        "proj.weight": torch.randn((4 * width, EMBEDDING), generator=generator),
         "proj.bias": torch.zeros(4 * width),
         "norm.weight": torch.ones(width),
         "norm.bias": torch.zeros(width),
@@ -86,7 +87,7 @@ def ip_adapter_weights() -> dict[str, dict[str, torch.Tensor]]:
 
 def with_ip_adapter(pipeline):
     pipeline.unet._load_ip_adapter_weights([ip_adapter_weights()])
-    embeds = torch.randn((2, 1, 10), generator=torch.Generator().manual_seed(6))
+    embeds = torch.randn((2, 1, EMBEDDING), generator=torch.Generator().manual_seed(6))
     return pipeline, {**TWICE, "ip_adapter_image_embeds": [embeds]}
 
 

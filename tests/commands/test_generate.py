@@ -16,6 +16,7 @@ from PIL import Image
 from retrofit.generate import expected, running
 from retrofit.generate.png import KEY, read_record
 from tests import tiny_models, tiny_pipelines
+from tests.test_generate_combinations import EMBEDDING, ip_adapter_weights
 
 COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}
 QUICK = ("--prompt", "a cat", "--steps", "3")
@@ -236,6 +237,43 @@ def write_lora(pipeline, file, width=None):
     StableDiffusionPipeline.save_lora_weights(
         file.parent, get_peft_model_state_dict(unet), weight_name=file.name
     )
+
+
+def write_ip_adapter(folder):
+    """An IP-Adapter in a file, and its image encoder beside it."""
+    from safetensors.torch import save_file
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    weights = ip_adapter_weights()
+    flat = {
+        f"{part}.{key}": value for part, group in weights.items() for key, value in group.items()
+    }
+    folder.mkdir()
+    save_file(flat, folder / "ip.safetensors")
+    encoder = CLIPVisionModelWithProjection(
+        CLIPVisionConfig(
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=16,
+            patch_size=8,
+            projection_dim=EMBEDDING,
+        )
+    )
+    tiny_models.fill_randomly(encoder, 4).save_pretrained(folder / "image_encoder")
+    return folder / "ip.safetensors"
+
+
+def test_an_ip_adapter_looks_at_its_picture_with_its_weight(generate, start, tmp_path):
+    file = write_ip_adapter(tmp_path / "adapter")
+    adapter = ("--ip-adapter", file, "--ip-image", start)
+    generate(*QUICK, *TWICE, *adapter, "-o", tmp_path / "a.png")
+    generate(*QUICK, *TWICE, *adapter, "--ip-scale", "0.0", "-o", tmp_path / "b.png")
+    generate(*QUICK, *TWICE, "-o", tmp_path / "c.png")
+    assert not np.array_equal(pixels(tmp_path / "a.png"), pixels(tmp_path / "b.png"))
+    difference = pixels(tmp_path / "b.png").astype(int) - pixels(tmp_path / "c.png")
+    assert np.abs(difference).max() <= 1  # other processors, the same sum
 
 
 def test_nan_names_the_site_and_the_step_and_leaves_no_picture(
