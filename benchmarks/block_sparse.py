@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import itertools
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from benchmarks import common
 from benchmarks.peers import BLOCK_PEERS, BlockProblem, Missing, block_peers
@@ -118,20 +117,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not options.json:
             print_rows(lines, header=is_first)
         else:
-            _emit(machine, lines, absent)
+            common.emit_all(machine, lines, absent)
         is_first = False
     if not options.json:
         print_missing(list(missing.values()))
     common.print_clock(machine)
     return 0 if is_right else 1
-
-
-def _emit(machine: common.Machine, lines: Sequence[Line], absent: Sequence[Missing]) -> None:
-    facts: dict[str, Any] = machine.to_dict()
-    for line in lines:
-        common.emit({**line.to_dict(), **facts})
-    for peer in absent:
-        common.emit({"case": lines[0].case, "route": peer.name, "missing": peer.reason})
 
 
 if __name__ == "__main__":

@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 
+from benchmarks.peers import Missing
+from retrofit.bench.attention import Line
 from retrofit.timing import library_versions, load_average, pin_to_one_core, processor_name
+
+Reader = Callable[[str], Any]
 
 IDLE = 0.3  # load average above which all threads would measure the neighbours
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -151,6 +155,15 @@ def run_main(main: Callable[[], int]) -> None:
 def emit(line: Mapping[str, Any]) -> None:
     """One JSON object on a line of stdout, at once."""
     print(json.dumps(line), flush=True)
+
+
+def emit_all(machine: Machine, lines: Sequence[Line], missing: Sequence[Missing]) -> None:
+    """Every line with the machine's facts, then what could not run and why."""
+    facts = machine.to_dict()
+    for line in lines:
+        emit({**line.to_dict(), **facts})
+    for peer in missing:
+        emit({"case": lines[0].case, "route": peer.name, "missing": peer.reason})
 
 
 def say(text: str) -> None:

@@ -1,0 +1,200 @@
+"""Windows of a token grid, beside dense and beside other people's.
+
+python -m benchmarks.windows --device cpu --preset t3-small,inward-small,msw-small
+
+FlexAttention gets the pattern as a mask over tokens in raster order, as its users write it;
+`rearrange` moves boxes into the batch and calls PyTorch's attention.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from benchmarks import common
+from benchmarks.peers import (
+    GridProblem,
+    Missing,
+    flex_on_grid,
+    natten_on_grid,
+    rearranged,
+)
+from benchmarks.tables import print_missing, print_rows
+from retrofit.bench.attention import Attention, Line, Route, Shape, time_routes
+from retrofit.bench.checking import boxes, inward_window
+from retrofit.bench.patterns import Size, boxes_route, inward_route, t3_route
+
+PEERS = ("flex", "natten", "rearrange")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pattern:
+    """One pattern of a preset.
+
+    Attributes:
+        kind: `inward` windows around each query, `boxes` rolled by half of one, or a cut of `t3`.
+        window: Keys on each axis; for `t3` how many boxes.
+    """
+
+    kind: Literal["inward", "boxes", "t3"]
+    window: Size
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preset:
+    """A shape and its patterns."""
+
+    grid: Size
+    heads: int
+    head_dim: int
+    patterns: tuple[Pattern, ...]
+
+
+PRESETS = {
+    "t3-small": Preset(
+        grid=(4, 32, 32),
+        heads=4,
+        head_dim=64,
+        patterns=tuple(
+            Pattern(kind="t3", window=counts) for counts in ((4, 1, 1), (1, 4, 4), (2, 2, 2))
+        ),
+    ),
+    "inward-small": Preset(
+        grid=(21, 24, 40),
+        heads=2,
+        head_dim=64,
+        patterns=(Pattern(kind="inward", window=(21, 11, 17)),),
+    ),
+    "msw-small": Preset(
+        grid=(1, 64, 64),
+        heads=8,
+        head_dim=64,
+        patterns=(Pattern(kind="boxes", window=(1, 32, 32)),),
+    ),
+}
+
+
+def measure(
+    preset: Preset, name: str, shape: Shape, options: argparse.Namespace, machine: common.Machine
+) -> Iterator[tuple[list[Line], list[Missing]]]:
+    """The lines of one pattern after the other."""
+    attention = Attention(shape, machine.generator(shape.seq_len))
+    for pattern in preset.patterns:
+        ours, problem, branches = make(attention, preset.grid, pattern)
+        peers = _peers(problem, branches, options.peers)
+        routes = [peer for peer in peers if not isinstance(peer, Missing)]
+        lines = time_routes(
+            f"{name} {'x'.join(map(str, pattern.window))}",
+            attention,
+            [ours, *routes],
+            rounds=options.rounds,
+            base="cudnn" if shape.device == "cuda" else "sdpa",
+        )
+        yield lines, [peer for peer in peers if isinstance(peer, Missing)]
+
+
+def make(
+    attention: Attention, grid: Size, pattern: Pattern
+) -> tuple[Route, GridProblem, tuple[bool, ...]]:
+    """Our route, the problem for the peers, and which branches of boxes it is the mean of."""
+    window = pattern.window
+    if pattern.kind == "inward":
+        ours = inward_route(attention, grid, window)
+        sees, boxed, branches = inward_window(grid, window), window, ()
+    elif pattern.kind == "boxes":
+        shift = (0, window[1] // 2, window[2] // 2)
+        ours = boxes_route(attention, grid, window, shift=shift)
+        sees, boxed, branches = boxes(grid, window, shift), window, ()
+    else:
+        ours = t3_route(attention, grid, window)
+        size = ours.details["window"]
+        boxed = (size[0], size[1], size[2])
+        sees, branches = boxes(grid, boxed), (False, True)
+    problem = GridProblem(attention=attention, grid=grid, sees=sees, window=boxed, ours=ours)
+    return ours, problem, branches
+
+
+def _peers(
+    problem: GridProblem, branches: tuple[bool, ...], names: Sequence[str]
+) -> list[Route | Missing]:
+    is_inward = problem.ours.name == "retrofit" and "shift" not in problem.ours.details
+    is_inward = is_inward and not branches
+    found: list[Route | Missing] = []
+    for name in names:
+        if name == "flex":
+            two = len(branches) > 1 and problem.ours.details["branches"] == 2
+            found.append(
+                Missing(name="flex", reason="two branches are no single mask")
+                if two
+                else flex_on_grid(problem)
+            )
+        elif name == "natten":
+            found.append(
+                natten_on_grid(problem)
+                if is_inward
+                else Missing(name="natten", reason="has no such pattern")
+            )
+        else:
+            found.append(
+                rearranged(problem, branches)
+                if branches
+                else Missing(name="rearrange", reason="only for boxes that are not rolled")
+            )
+    return found
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Print a table, or one JSON object a line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.windows",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    common.add_options(parser, devices=("cpu", "cuda"))
+    parser.add_argument("--preset", default=",".join(PRESETS), help="by default all of them")
+    parser.add_argument("--dtype", default="float32,bfloat16")
+    parser.add_argument("--against", default=",".join(PEERS))
+    options = parser.parse_args(arguments)
+    names = common.read_list("preset", options.preset, _known(PRESETS))
+    options.peers = common.read_list("against", options.against, _known(PEERS))
+    dtypes = common.read_list("dtype", options.dtype, common.read_dtype)
+    machine = common.prepare(options)
+    missing: dict[tuple[str, str], Missing] = {}
+    is_right = is_first = True
+    for name in names:
+        preset: Preset = PRESETS[name]
+        grid = preset.grid
+        for dtype in dtypes:
+            shape = Shape(
+                heads=preset.heads,
+                seq_len=grid[0] * grid[1] * grid[2],
+                head_dim=preset.head_dim,
+                dtype=dtype,
+                device=machine.device,
+            )
+            for lines, absent in measure(preset, name, shape, options, machine):
+                missing |= {(peer.name, peer.reason): peer for peer in absent}
+                is_right &= not any(line.refused for line in lines if line.route == "retrofit")
+                common.emit_all(machine, lines, absent) if options.json else print_rows(
+                    lines, header=is_first
+                )
+                is_first = False
+    if not options.json:
+        print_missing(list(missing.values()))
+    common.print_clock(machine)
+    return 0 if is_right else 1
+
+
+def _known(names: Sequence[str] | dict[str, Preset]) -> common.Reader:
+    def read(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"{name} (known: {' '.join(names)})")
+        return name
+
+    return read
+
+
+if __name__ == "__main__":
+    common.run_main(main)
