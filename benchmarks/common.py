@@ -9,7 +9,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -139,6 +139,17 @@ def read_dtype(name: str) -> torch.dtype:
     if name not in DTYPES:
         raise ValueError(f"{name} (known: {' '.join(DTYPES)})")
     return DTYPES[name]
+
+
+def known(names: Collection[str]) -> Reader:
+    """A reader for `read_list` that takes only these names."""
+
+    def read(name: str) -> str:
+        if name not in names:
+            raise ValueError(f"{name} (known: {' '.join(names)})")
+        return name
+
+    return read
 
 
 def run_main(main: Callable[[], int]) -> None:

@@ -157,8 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--dtype", default="float32,bfloat16")
     parser.add_argument("--against", default=",".join(PEERS))
     options = parser.parse_args(arguments)
-    names = common.read_list("preset", options.preset, _known(PRESETS))
-    options.peers = common.read_list("against", options.against, _known(PEERS))
+    names = common.read_list("preset", options.preset, common.known(PRESETS))
+    options.peers = common.read_list("against", options.against, common.known(PEERS))
     dtypes = common.read_list("dtype", options.dtype, common.read_dtype)
     machine = common.prepare(options)
     missing: dict[tuple[str, str], Missing] = {}
@@ -185,15 +185,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print_missing(list(missing.values()))
     common.print_clock(machine)
     return 0 if is_right else 1
-
-
-def _known(names: Sequence[str] | dict[str, Preset]) -> common.Reader:
-    def read(name: str) -> str:
-        if name not in names:
-            raise ValueError(f"{name} (known: {' '.join(names)})")
-        return name
-
-    return read
 
 
 if __name__ == "__main__":
