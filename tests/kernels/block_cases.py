@@ -153,12 +153,29 @@ def error_scale(arguments: dict[str, Any], expected: Tensor) -> float:
     return block_sparse_attention(**unsigned, backend="reference").norm().item()
 
 
-def check_against_reference(case: Case, backend: str, dtype: torch.dtype) -> None:
+def on_device(arguments: dict[str, Any], device: str) -> dict[str, Any]:
+    """The same on another device."""
+
+    def move(x: Any) -> Any:
+        if isinstance(x, BlockLists):
+            return BlockLists(
+                *(None if part is None else part.to(device) for part in vars(x).values())
+            )
+        return x.to(device) if isinstance(x, Tensor) else x
+
+    return {name: move(x) for name, x in arguments.items()}
+
+
+def check_against_reference(
+    case: Case, backend: str, dtype: torch.dtype, device: str = "cpu"
+) -> None:
     """Compare output and log-sum-exp with the masked dense result in float64."""
     arguments = case.arguments(dtype)
     exact = in_float64(arguments)
     rounds = backend == "torch" and dtype == torch.bfloat16 and case.len_q >= MIN_ROUNDED_ROWS
-    out, lse = block_sparse_attention(**arguments, backend=backend, return_lse=True)
+    given = on_device(arguments, device)
+    out, lse = block_sparse_attention(**given, backend=backend, return_lse=True)
+    out, lse = out.cpu(), lse.cpu()
     expected, expected_lse = block_sparse_attention(**exact, backend="reference", return_lse=True)
     assert out.dtype == dtype
     assert out.shape == (case.batch, case.heads, case.len_q, case.dim_v)
