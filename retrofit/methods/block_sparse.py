@@ -2,13 +2,14 @@
 
 Paper: https://arxiv.org/abs/2509.07120 (block-sparse global attention). Departure: every query sees
 every special key; the original shows the special keys that share a block with the last grid tokens
-only where that block is chosen (`upstream_selection`).
+only where that block is chosen (`upstream_selection`). `borders`, `dropped`
+and `layer_keep` are beyond the paper.
 """
 
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -20,7 +21,15 @@ from retrofit.grid import TokenGrid
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_blocks
 from retrofit.methods.base import DENSE, Method, Operator
 from retrofit.methods.block_choice import choose_under_mask, visible_keys
-from retrofit.methods.block_layout import Arranged, arrange, full_mask, join_masks, mask_rows
+from retrofit.methods.block_layout import (
+    Arranged,
+    Borders,
+    arrange,
+    full_mask,
+    join_masks,
+    mask_rows,
+)
+from retrofit.methods.block_means import add_dropped_means
 from retrofit.methods.window_sizes import check_keep
 from retrofit.run_state import RunState
 from retrofit.sites import AttentionSite, Network
@@ -41,6 +50,11 @@ class BlockSparseConfig(Method):
         pooling: How the tokens of a block become one: their mean, or their maximum per channel.
         order: The order in which tokens are cut into blocks: `raster`, along a `hilbert` curve in
             each frame, or in square `tiles` of a key block each.
+        borders: Where blocks end early: `frames`, at the end of each frame; `tiles` (with
+            order="tiles"), at the end of each tile. `none` lets a block run on into the next.
+        dropped: What a query sees of the blocks that it does not attend to: `nothing`, or their
+            `mean`, which costs one key more a block.
+        layer_keep: `keep` for each layer in turn, instead of one for all; 1.0 leaves one dense.
         upstream_selection: Cut blocks over grid and special keys together, as the original does.
     """
 
@@ -56,6 +70,9 @@ class BlockSparseConfig(Method):
     block_size: tuple[int, int] = (128, 64)
     pooling: Literal["avg", "max"] = "avg"
     order: TokenOrder = "raster"
+    borders: Borders = "none"
+    dropped: Literal["nothing", "mean"] = "nothing"
+    layer_keep: tuple[float, ...] | None = None
     upstream_selection: bool = False
 
     def __post_init__(self) -> None:
@@ -71,6 +88,12 @@ class BlockSparseConfig(Method):
             problems.append("keep, mass: expected at least one of them, got neither.")
         if min(self.block_size) < 1:
             problems.append(f"block_size: expected 1 or more, got {self.block_size}.")
+        if self.borders == "tiles" and self.order != "tiles":
+            problems.append(f"borders: tiles needs order tiles, got order {self.order}.")
+        if self.upstream_selection and self.borders != "none":
+            problems.append(f"upstream_selection: needs borders none, got {self.borders}.")
+        for keep in self.layer_keep or ():
+            problems += [f"layer_{problem}" for problem in check_keep(keep)]
         if problems:
             raise ConfigError(" ".join(problems))
 
@@ -81,8 +104,20 @@ class BlockSparseConfig(Method):
         return super().skips(site, network)
 
     def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
-        """Blocks of this grid's tokens."""
-        return DENSE if self.keeps_all(grid) else BlockSparse(config=self, grid=grid)
+        """Blocks of this grid's tokens.
+
+        Raises:
+            ConfigError: If `layer_keep` has no value for this layer.
+        """
+        config = self
+        if self.layer_keep is not None:
+            if site.index >= len(self.layer_keep):
+                raise ConfigError(
+                    f"{site.path}: layer_keep: expected a value for layer {site.index}, got"
+                    f" {len(self.layer_keep)} values. Give one for each layer."
+                )
+            config = replace(self, keep=self.layer_keep[site.index], layer_keep=None)
+        return DENSE if config.keeps_all(grid) else BlockSparse(config=config, grid=grid)
 
     def keeps_all(self, grid: TokenGrid) -> bool:
         """Whether every block is kept whatever the scores are."""
@@ -133,22 +168,52 @@ class BlockSparse:
         if not torch.compiler.is_compiling():
             self.block_map = block_map
             self.real = None if attn_mask is None else visible_keys(attn_mask)
-        out = block_sparse_attention(
-            parts.query,
-            parts.key,
-            value if parts.is_plain else value.index_select(2, parts.columns),
-            self._as_lists(block_map, parts.mask),
-            block_size=self.config.block_size,
-            attn_mask=join_masks(parts.mask, parts.shown),
-            scale=scale,
-        )
+        values = value if parts.is_plain else value.index_select(2, parts.columns)
+        out = self._attend_blocks(parts, values, block_map, scale)
         if parts.is_plain:
             return out
-        order = torch.cat([parts.special, parts.tokens]).argsort()
+        tokens = parts.tokens
+        if parts.real is not None:
+            out, tokens = out.index_select(2, parts.real), tokens.index_select(0, parts.real)
+        order = torch.cat([parts.special, tokens]).argsort()
         special = query.index_select(2, parts.special)
         mask = None if attn_mask is None else mask_rows(attn_mask, parts.special)
         seeing_all = DENSE(special, key, value, attn_mask=mask, is_causal=False, scale=scale)
         return torch.cat([seeing_all, out], 2).index_select(2, order)
+
+    def _attend_blocks(
+        self, parts: Arranged, values: Tensor, block_map: Tensor, scale: float | None
+    ) -> Tensor:
+        """Grid queries over the chosen blocks, and over the means of the others if so set."""
+        tensors = parts.query, parts.key, values, self._as_lists(block_map, parts)
+        masks = join_masks(parts.mask, parts.shown)
+        size = self.config.block_size
+        if self.config.dropped == "nothing":
+            return block_sparse_attention(*tensors, block_size=size, attn_mask=masks, scale=scale)
+        if masks is None:
+            shown = torch.ones_like(parts.columns, dtype=torch.bool)[None]
+        elif masks.shape[2] == 1 and masks.dtype == torch.bool:
+            shown = visible_keys(masks)
+        else:
+            raise UnsupportedError(
+                'block-sparse: dropped="mean" expects a bool mask that hides whole keys, got one '
+                'that differs between queries or weighs keys. Use dropped="nothing".'
+            )
+        out, lse = block_sparse_attention(
+            *tensors, block_size=size, attn_mask=masks, scale=scale, return_lse=True
+        )
+        count = parts.num_grid_keys
+        return add_dropped_means(
+            out,
+            lse,
+            parts.query,
+            parts.key[:, :, :count],
+            values[:, :, :count],
+            kept=block_map[..., : _count(count, size[1])],
+            shown=shown[:, :count],
+            block_size=size,
+            scale=parts.query.shape[-1] ** -0.5 if scale is None else scale,
+        )
 
     def keep_fraction(self, query: Tensor, key: Tensor) -> float:
         """Fraction of the pairs of visible tokens that the latest call computed."""
@@ -161,7 +226,10 @@ class BlockSparse:
         if parts.shown is not None:
             shown = shown & parts.shown.view(1, -1)
         block_q, block_k = self.config.block_size
-        num_q, num_k = _sums(real[:, parts.tokens], block_q), _sums(shown, block_k)
+        rows = real[:, parts.tokens]
+        if parts.real is not None:
+            rows = rows & shown[:, : parts.num_grid_keys]
+        num_q, num_k = _sums(rows, block_q), _sums(shown, block_k)
         pairs = (block_map * num_q[:, None, :, None] * num_k[:, None, None]).sum((2, 3)).mean(1)
         total = real.sum(1).double()
         pairs = pairs + self.grid.num_special_tokens * total
@@ -178,16 +246,18 @@ class BlockSparse:
             attn_mask,
             grid=self.grid,
             order=self.config.order,
-            block=self.config.block_size[1],
+            block_size=self.config.block_size,
+            borders=self.config.borders,
             share_blocks=self.config.upstream_selection,
         )
 
     def _choose(self, parts: Arranged, scale: float | None) -> Tensor:
         """Blocks of grid keys by their pooled scores, and every further block of special keys."""
-        num_tokens = self.grid.num_grid_tokens
+        num_tokens = parts.num_grid_keys
         choose = select_blocks
-        if parts.mask is not None:
-            choose = functools.partial(choose_under_mask, mask=parts.mask[..., :num_tokens])
+        mask = parts.mask if parts.real is None else join_masks(parts.mask, parts.shown)
+        if mask is not None:
+            choose = functools.partial(choose_under_mask, mask=mask[..., :num_tokens])
         block_map = choose(
             parts.query,
             parts.key[:, :, :num_tokens],
@@ -200,14 +270,14 @@ class BlockSparse:
         always = _count(parts.key.shape[2], self.config.block_size[1]) - block_map.shape[3]
         return pad(block_map, (0, always), value=True) if always else block_map
 
-    def _as_lists(self, block_map: Tensor, mask: Tensor | None) -> Any:
+    def _as_lists(self, block_map: Tensor, parts: Arranged) -> Any:
         """The same as lists where the longest row is known without waiting for the device."""
         block_q, block_k = self.config.block_size
-        blocks = _count(self.grid.num_grid_tokens, block_k)
+        blocks = _count(parts.num_grid_keys, block_k)
         if self.config.mass is not None or self.config.keep is None:
             return block_map
         longest = max(1, int(blocks * self.config.keep)) + block_map.shape[3] - blocks
-        if mask is not None:  # a row's own blocks may come on top
+        if parts.mask is not None:  # a row's own blocks may come on top
             longest = longest + _count(block_q, block_k) + 1
         return lists_from_mask(block_map, max_count=min(longest, block_map.shape[3]))
 
