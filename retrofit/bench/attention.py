@@ -56,31 +56,58 @@ class Shape:
 class Attention:
     """Random queries, keys and values, and what is exactly right for some of their rows."""
 
-    def __init__(self, shape: Shape, generator: torch.Generator) -> None:
-        """Draw them from a CPU generator."""
+    def __init__(
+        self, shape: Shape, generator: torch.Generator, *, dense_rows: int | None = None
+    ) -> None:
+        """Draw them from a CPU generator.
+
+        Args:
+            shape: Of the tensors.
+            generator: What draws.
+            dense_rows: Queries that dense attention is timed on, all keys, where all of them
+                would take too long; its time is scaled by their number, and lines say so.
+        """
         size = (shape.batch, shape.heads, shape.seq_len, shape.head_dim)
         draws = [torch.randn(size, generator=generator) for _ in range(3)]
         self.shape = shape
         self.query, self.key, self.value = (x.to(shape.device, shape.dtype) for x in draws)
         self.rows = SampledRows(self.query, self.key, self.value, generator)
+        self.dense_rows = min(dense_rows or shape.seq_len, shape.seq_len)
+        self.dense_query, self.checked = self.query, self.rows
+        if self.dense_rows < shape.seq_len:
+            self.dense_query = self.query[:, :, : self.dense_rows]
+            self.checked = SampledRows(self.dense_query, self.key, self.value, generator)
+
+    @property
+    def dense_part(self) -> float:
+        """Fraction of the queries that dense attention is timed on."""
+        return self.dense_rows / self.shape.seq_len
 
     def dense(self) -> Route:
         """`scaled_dot_product_attention`, in the backend that PyTorch chooses."""
         return Route(
             name=DENSE,
-            run=lambda: scaled_dot_product_attention(self.query, self.key, self.value),
-            expected=self.rows.expected(),
+            run=lambda: scaled_dot_product_attention(self.dense_query, self.key, self.value),
+            expected=self.checked.expected(),
+            rows=self.checked,
+            part=self.dense_part,
         )
 
     def cudnn(self) -> Route:
         """The same in cuDNN's backend, the honest baseline on a GPU."""
-        return Route(name="cudnn", run=self._run_cudnn, expected=self.rows.expected())
+        return Route(
+            name="cudnn",
+            run=self._run_cudnn,
+            expected=self.checked.expected(),
+            rows=self.checked,
+            part=self.dense_part,
+        )
 
     def _run_cudnn(self) -> Tensor:
         from torch.nn.attention import SDPBackend, sdpa_kernel
 
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            return scaled_dot_product_attention(self.query, self.key, self.value)
+            return scaled_dot_product_attention(self.dense_query, self.key, self.value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,6 +122,8 @@ class Route:
         tolerance: Relative error allowed, None for that of the dtype.
         is_compiled: Whether `torch.compile` made it.
         details: What else a line says of it: block size, statistics of lists.
+        rows: Those that are checked, None for those of the attention.
+        part: Of the work that one run does; its time is divided by it.
     """
 
     name: str
@@ -104,6 +133,8 @@ class Route:
     tolerance: float | None = None
     is_compiled: bool = False
     details: Mapping[str, Any] = field(default_factory=dict)
+    rows: SampledRows | None = None
+    part: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +151,7 @@ class Line:
         speed: Dense time over its own, round by round; None if either was refused.
         seconds: Of one call; None if it was refused.
         base_seconds: Of the dense call.
+        base_part: Fraction of the queries that dense was timed on; its times are scaled.
         error: Relative, None where it failed before it could be looked at.
         tolerance: Up to which it may be timed.
         refused: Why it was not timed, or empty.
@@ -137,6 +169,7 @@ class Line:
     speed: Spread | None
     seconds: Spread | None
     base_seconds: Spread | None
+    base_part: float
     error: float | None
     tolerance: float
     refused: str
@@ -171,6 +204,7 @@ class Line:
             "efficiency": _plain(self.efficiency),
             "seconds": _plain(self.seconds),
             "base_seconds": _plain(self.base_seconds),
+            "base_part": self.base_part,
             "tflops_kept": self.tflops,
             "rounds": 0 if self.seconds is None else len(self.seconds.values),
             "error": self.error,
@@ -216,7 +250,7 @@ def time_routes(
         Contender(
             name=route.name,
             run=route.run,
-            error=attention.rows.error_against(route.expected),
+            error=(route.rows or attention.rows).error_against(route.expected),
             tolerance=_tolerance(route, attention.shape.dtype),
             is_compiled=route.is_compiled,
         )
@@ -224,8 +258,11 @@ def time_routes(
     ]
     with torch.no_grad(), own_precision():
         result = race(contenders, rounds=rounds, device=attention.shape.device, stop_at=stop_at)
+    part = attention.dense_part
     return [
-        _line(case, attention.shape, route, base, result) for route in every if route.name != base
+        _line(case, attention.shape, route, base, part, result)
+        for route in every
+        if route.name != base
     ]
 
 
@@ -233,7 +270,7 @@ def _tolerance(route: Route, dtype: torch.dtype) -> float:
     return TOLERANCE[dtype] if route.tolerance is None else route.tolerance
 
 
-def _line(case: str, shape: Shape, route: Route, base: str, result: Race) -> Line:
+def _line(case: str, shape: Shape, route: Route, base: str, base_part: float, result: Race) -> Line:
     name = route.name
     both = name in result.seconds and base in result.seconds
     refused = result.refused.get(name, "")
@@ -246,9 +283,10 @@ def _line(case: str, shape: Shape, route: Route, base: str, result: Race) -> Lin
         kept=route.kept,
         details=route.details,
         base=base,
-        speed=result.speed(name, base) if both else None,
-        seconds=Spread(values=result.seconds[name]) if both else None,
-        base_seconds=Spread(values=result.seconds[base]) if both else None,
+        speed=_scaled(result.speed(name, base), route.part / base_part) if both else None,
+        seconds=_scaled(Spread(values=result.seconds[name]), 1 / route.part) if both else None,
+        base_seconds=_scaled(Spread(values=result.seconds[base]), 1 / base_part) if both else None,
+        base_part=base_part,
         error=result.errors.get(name),
         tolerance=_tolerance(route, shape.dtype),
         refused=refused,
@@ -256,6 +294,10 @@ def _line(case: str, shape: Shape, route: Route, base: str, result: Race) -> Lin
         noisy=both and result.is_noisy(base),
         load=result.load,
     )
+
+
+def _scaled(spread: Spread, factor: float) -> Spread:
+    return Spread(values=tuple(value * factor for value in spread.values))
 
 
 @contextlib.contextmanager
