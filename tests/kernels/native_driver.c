@@ -2,7 +2,7 @@
  * Prints the number of calls; exits 1 where an output differs from plain loops. */
 
 #include "../../kernels/block_select/native.c"
-#include "../../kernels/block_sparse/native.c"
+#include "../../kernels/grid_window/native.c" /* with block_sparse/native.c */
 
 #include <stdio.h>
 
@@ -21,44 +21,71 @@ static void fill(void *x, int64_t count, int dtype) {
     for (int64_t i = 0; i < count; i++) store_element(x, i, normal(), dtype);
 }
 
-/* One row by the definition. */
-static double worst_of_row(const Call *c, int64_t b, int64_t h, int64_t row, const int *listed) {
-    double top = -INFINITY, sum = 0, worst = 0, *out = calloc((size_t)c->dim_v, sizeof(double));
-    int64_t kv = h / (c->heads / c->kv_heads), list = (b * c->heads + h) * c->list_stride[1];
-    double *scores = exactly(sizeof(double) * (size_t)c->len_k);
-    list += row / c->block_q * c->list_stride[2];
-    for (int64_t j = 0; j < c->len_k; j++) {
-        int64_t n = listed[(list / c->list_width) * ((c->len_k + c->block_k - 1) / c->block_k) +
-                           j / c->block_k];
-        int64_t inside = j % c->block_k, id = n < 0 ? -1 : c->mask_ids[list + n];
-        int seen = n >= 0 && !(c->is_causal && j > row);
-        if (seen && id >= 0)
-            seen = c->mask_bits[(id * c->block_q + row % c->block_q) * c->mask_words + inside / 64] >>
-                       (inside % 64) & 1;
+/* One row by the definition; rows of all tensors are contiguous. */
+typedef struct {
+    const void *query, *key, *value, *out; /* key, value: of the head */
+    int64_t dim, dim_v, keys;
+    const uint8_t *sees; /* [keys] */
+    const float *bias;   /* [keys] or NULL */
+    float scale;
+    int dtype;
+} Row;
+
+static double error_of(const Row *r) {
+    double top = -INFINITY, sum = 0, worst = 0, *out = calloc((size_t)r->dim_v, sizeof(double));
+    double *scores = exactly(sizeof(double) * (size_t)r->keys);
+    for (int64_t j = 0; j < r->keys; j++) {
         double score = 0;
-        for (int64_t d = 0; d < c->dim; d++)
-            score += (double)load_element(c->query, b * c->q_stride[0] + h * c->q_stride[1] +
-                                                        row * c->q_stride[2] + d, c->dtype) *
-                     load_element(c->key, b * c->k_stride[0] + kv * c->k_stride[1] +
-                                              j * c->k_stride[2] + d, c->dtype);
-        scores[j] = seen ? score * c->scale : -INFINITY;
+        for (int64_t d = 0; d < r->dim; d++)
+            score += (double)load_element(r->query, d, r->dtype) *
+                     load_element(r->key, j * r->dim + d, r->dtype);
+        score = score * r->scale + (r->bias ? r->bias[j] : 0);
+        scores[j] = r->sees[j] ? score : -INFINITY;
         if (scores[j] > top) top = scores[j];
     }
-    for (int64_t j = 0; j < c->len_k; j++) {
+    for (int64_t j = 0; j < r->keys; j++) {
         double weight = scores[j] > -INFINITY ? exp(scores[j] - top) : 0;
         sum += weight;
-        for (int64_t d = 0; d < c->dim_v; d++)
-            out[d] += weight * load_element(c->value, b * c->v_stride[0] + kv * c->v_stride[1] +
-                                                          j * c->v_stride[2] + d, c->dtype);
+        for (int64_t d = 0; d < r->dim_v; d++)
+            out[d] += weight * load_element(r->value, j * r->dim_v + d, r->dtype);
     }
-    for (int64_t d = 0; d < c->dim_v; d++) {
+    for (int64_t d = 0; d < r->dim_v; d++) {
         double expected = sum > 0 ? out[d] / sum : 0;
-        double actual = load_element(c->out, b * c->o_stride[0] + h * c->o_stride[1] +
-                                                 row * c->o_stride[2] + d, c->dtype);
+        double actual = load_element(r->out, d, r->dtype);
         if (!(fabs(actual - expected) <= worst)) worst = fabs(actual - expected);
     }
     free(out);
     free(scores);
+    return worst;
+}
+
+static const double LIMITS[] = {[FLOAT32] = 1e-5, [BFLOAT16] = 3e-2, [FLOAT16] = 3e-3};
+
+static const void *element(const void *base, int64_t index, int dtype) {
+    return (const char *)base + index * (dtype == FLOAT32 ? 4 : 2);
+}
+
+static double worst_of_row(const Call *c, int64_t b, int64_t h, int64_t row, const int *listed) {
+    int64_t kv = b * c->kv_heads + h / (c->heads / c->kv_heads), at = b * c->heads + h;
+    int64_t list = at * c->list_stride[1] + row / c->block_q * c->list_stride[2];
+    int64_t blocks = (c->len_k + c->block_k - 1) / c->block_k;
+    uint8_t *sees = exactly((size_t)c->len_k);
+    for (int64_t j = 0; j < c->len_k; j++) {
+        int64_t n = listed[list / c->list_width * blocks + j / c->block_k];
+        int64_t inside = j % c->block_k, id = n < 0 ? -1 : c->mask_ids[list + n];
+        sees[j] = n >= 0 && !(c->is_causal && j > row);
+        if (sees[j] && id >= 0)
+            sees[j] = c->mask_bits[(id * c->block_q + row % c->block_q) * c->mask_words +
+                                   inside / 64] >> (inside % 64) & 1;
+    }
+    Row r = {.query = element(c->query, (at * c->len_q + row) * c->dim, c->dtype),
+             .key = element(c->key, kv * c->len_k * c->dim, c->dtype),
+             .value = element(c->value, kv * c->len_k * c->dim_v, c->dtype),
+             .out = element(c->out, (at * c->len_q + row) * c->dim_v, c->dtype),
+             .dim = c->dim, .dim_v = c->dim_v, .keys = c->len_k, .sees = sees,
+             .scale = c->scale, .dtype = c->dtype};
+    double worst = error_of(&r);
+    free(sees);
     return worst;
 }
 
@@ -128,13 +155,154 @@ static int one_call(int dtype) {
     c.mask_ids = ids;
     c.mask_bits = bits;
     int failed = retrofit_block_sparse(&c) != 0;
-    double limit = dtype == FLOAT32 ? 1e-5 : dtype == FLOAT16 ? 3e-3 : 3e-2;
     for (int64_t b = 0; b < c.batch; b++)
         for (int64_t h = 0; h < c.heads; h++)
             for (int64_t row = 0; row < c.len_q; row += 7)
-                if (!(worst_of_row(&c, b, h, row, listed) <= limit)) failed = 1;
+                if (!(worst_of_row(&c, b, h, row, listed) <= LIMITS[dtype])) failed = 1;
     void *all[] = {tensors[0], tensors[1], tensors[2], out, c.lse, indices, ids, used, listed, bits};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
+    return failed;
+}
+
+/* Tables of one axis: coordinates cut into tiles, each with a range of keys. */
+static void make_axis(WindowCall *c, int a, int32_t length, int32_t step) {
+    int32_t tile = 1 + (int32_t)below((uint32_t)length), tiles = (length + tile - 1) / tile;
+    int32_t *axis = exactly(4 * (size_t)length), *queries = exactly(4 * (size_t)(tiles * tile));
+    int32_t *keys = exactly(4 * (size_t)(tiles * length)), *low = calloc((size_t)(tiles * tile), 4);
+    int32_t *high = calloc((size_t)(tiles * tile), 4), *used = exactly(4 * (size_t)tiles);
+    int32_t *num_keys = exactly(4 * (size_t)tiles);
+    for (int32_t i = 0; i < length; i++) axis[i] = i * step;
+    for (int32_t t = 0; t < tiles; t++) {
+        int32_t first = (int32_t)below((uint32_t)length);
+        num_keys[t] = 1 + (int32_t)below((uint32_t)(length - first));
+        used[t] = length - t * tile < tile ? length - t * tile : tile;
+        for (int32_t i = 0; i < length; i++) keys[t * length + i] = (first + i) % length * step;
+        for (int32_t i = 0; i < tile; i++) {
+            queries[t * tile + i] = (t * tile + i) % length * step;
+            high[t * tile + i] = 1 + (int32_t)below((uint32_t)num_keys[t]);
+            low[t * tile + i] = (int32_t)below((uint32_t)high[t * tile + i]);
+        }
+    }
+    c->queries[a] = queries;
+    c->keys[a] = keys;
+    c->low[a] = low;
+    c->high[a] = high;
+    c->num_queries[a] = used;
+    c->num_keys[a] = num_keys;
+    c->axis[a] = axis;
+    c->masked[a] = 1;
+    c->num_tiles[a] = tiles;
+    c->tile[a] = tile;
+    c->span[a] = c->length[a] = length;
+}
+
+/* What the row of a query slot sees, by the tables. */
+static void see_tile(const WindowCall *c, const int32_t tile[3], const int32_t slot[3], uint8_t *sees) {
+    memset(sees, 0, (size_t)c->seq_len);
+    int32_t low[3], high[3];
+    for (int a = 0; a < 3; a++) {
+        low[a] = c->low[a][tile[a] * c->tile[a] + slot[a]];
+        high[a] = c->high[a][tile[a] * c->tile[a] + slot[a]];
+    }
+    for (int32_t x = low[0]; x < high[0]; x++)
+        for (int32_t y = low[1]; y < high[1]; y++)
+            for (int32_t z = low[2]; z < high[2]; z++)
+                sees[c->keys[0][tile[0] * c->span[0] + x] + c->keys[1][tile[1] * c->span[1] + y] +
+                     c->keys[2][tile[2] * c->span[2] + z]] = 1;
+    for (int32_t i = 0; i < c->num_special; i++) sees[c->special[i]] = 1;
+}
+
+static int check_window_row(const WindowCall *c, int64_t position, uint8_t *sees) {
+    int failed = 0;
+    for (int64_t at = 0; at < c->batch * c->heads; at++) {
+        int64_t kv = at / c->heads * c->kv_heads + at % c->heads / (c->heads / c->kv_heads);
+        const uint8_t *seen = c->seen ? c->seen + at / c->heads * c->mask_stride[0] : NULL;
+        for (int32_t j = 0; seen && !at && j < c->seq_len; j++) sees[j] &= seen[j];
+        Row r = {.query = element(c->query, (at * c->seq_len + position) * c->dim, c->dtype),
+                 .key = element(c->key, kv * c->seq_len * c->dim, c->dtype),
+                 .value = element(c->value, kv * c->seq_len * c->dim_v, c->dtype),
+                 .out = element(c->out, (at * c->seq_len + position) * c->dim_v, c->dtype),
+                 .dim = c->dim, .dim_v = c->dim_v, .keys = c->seq_len, .sees = sees,
+                 .bias = c->bias, .scale = c->scale, .dtype = c->dtype};
+        failed |= !(error_of(&r) <= LIMITS[c->dtype]);
+    }
+    return failed;
+}
+
+/* A window call with random tables; the key mask is common to batch and heads. */
+static int one_window(int dtype) {
+    WindowCall c;
+    memset(&c, 0, sizeof c);
+    int32_t shape[3] = {1 + (int32_t)below(4), 1 + (int32_t)below(6), 1 + (int32_t)below(12)};
+    make_axis(&c, 0, shape[0], shape[1] * shape[2]);
+    make_axis(&c, 1, shape[1], shape[2]);
+    make_axis(&c, 2, shape[2], 1);
+    int32_t grid = shape[0] * shape[1] * shape[2], special[2] = {grid, grid + 1};
+    c.special = special;
+    c.num_special = (int32_t)below(3);
+    c.seq_len = grid + c.num_special;
+    c.batch = 1 + (int32_t)below(2);
+    c.kv_heads = 1 + (int32_t)below(2);
+    c.heads = c.kv_heads * (1 + (int32_t)below(2));
+    c.dim = 1 + (int32_t)below(40);
+    c.dim_v = 1 + (int32_t)below(40);
+    c.rows_per_item = 1 + (int32_t)below((uint32_t)(c.tile[0] * c.tile[1] * c.tile[2]));
+    c.dtype = dtype;
+    c.threads = 1 + (int32_t)below(3);
+    c.scale = 0.2f;
+    contiguous(c.q_stride, c.heads, c.seq_len, c.dim);
+    contiguous(c.k_stride, c.kv_heads, c.seq_len, c.dim);
+    contiguous(c.v_stride, c.kv_heads, c.seq_len, c.dim_v);
+    contiguous(c.o_stride, c.heads, c.seq_len, c.dim_v);
+    int64_t size = dtype == FLOAT32 ? 4 : 2, rows = c.batch * c.seq_len, kind = below(3);
+    int64_t counts[] = {rows * c.heads * c.dim, rows * c.kv_heads * c.dim,
+                        rows * c.kv_heads * c.dim_v};
+    void *tensors[3];
+    for (int i = 0; i < 3; i++)
+        fill(tensors[i] = exactly((size_t)(counts[i] * size)), counts[i], dtype);
+    c.query = tensors[0];
+    c.key = tensors[1];
+    c.value = tensors[2];
+    c.out = exactly((size_t)(rows * c.heads * c.dim_v * size));
+    c.lse = exactly(4 * (size_t)(rows * c.heads));
+    uint8_t *seen = exactly((size_t)c.seq_len), *sees = exactly((size_t)c.seq_len);
+    float *bias = exactly(4 * (size_t)c.seq_len);
+    for (int32_t i = 0; i < c.seq_len; i++) {
+        seen[i] = below(4) != 0;
+        bias[i] = normal();
+    }
+    c.seen = kind == 1 ? seen : NULL;
+    c.bias = kind == 2 ? bias : NULL;
+    c.mask_stride[2] = 1;
+    int failed = retrofit_grid_window(&c) != 0;
+    for (int32_t t = 0; t < c.num_tiles[0] * c.num_tiles[1] * c.num_tiles[2]; t++) {
+        int32_t tile[3] = {t / (c.num_tiles[1] * c.num_tiles[2]),
+                           t / c.num_tiles[2] % c.num_tiles[1], t % c.num_tiles[2]};
+        int32_t slot[3];
+        for (slot[0] = 0; slot[0] < c.num_queries[0][tile[0]]; slot[0]++)
+            for (slot[1] = 0; slot[1] < c.num_queries[1][tile[1]]; slot[1]++)
+                for (slot[2] = 0; slot[2] < c.num_queries[2][tile[2]]; slot[2]++) {
+                    int64_t position = 0;
+                    for (int a = 0; a < 3; a++)
+                        position += c.queries[a][tile[a] * c.tile[a] + slot[a]];
+                    see_tile(&c, tile, slot, sees);
+                    failed |= check_window_row(&c, position, sees);
+                }
+    }
+    for (int32_t i = 0; i < c.num_special; i++) {
+        memset(sees, 1, (size_t)c.seq_len);
+        failed |= check_window_row(&c, special[i], sees);
+    }
+    for (int i = 0; i < 3; i++) {
+        const void *tables[] = {c.queries[i], c.keys[i], c.low[i], c.high[i],
+                                c.num_queries[i], c.num_keys[i], c.axis[i], tensors[i]};
+        for (size_t n = 0; n < sizeof tables / sizeof *tables; n++) free((void *)tables[n]);
+    }
+    free(c.out);
+    free(c.lse);
+    free(seen);
+    free(sees);
+    free(bias);
     return failed;
 }
 
@@ -178,7 +346,7 @@ static int one_selection(int dtype) {
 
 int main(int argc, char **argv) {
     int calls = argc > 1 ? atoi(argv[1]) : 20, failed = 0;
-    for (int i = 0; i < calls; i++) failed += one_call(i % 3) + one_selection(i % 3);
+    for (int i = 0; i < calls; i++) failed += one_call(i % 3) + one_window(i % 3) + one_selection(i % 3);
     printf("%d calls, %d failed\n", calls, failed);
     return failed != 0;
 }
