@@ -89,4 +89,4 @@ def draw_sheet(rows: Sequence[Row], file: Path) -> None:
         for j, picture in enumerate(row.pictures):
             small = picture.image.resize((CELL - 4, CELL - 4), Image.Resampling.LANCZOS)
             sheet.paste(small, (j * CELL + 2, top + LABEL))
-    sheet.save(file)
+    sheet.quantize(256, kmeans=3).save(file, optimize=True)
