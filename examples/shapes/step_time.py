@@ -4,7 +4,8 @@
 
 No weights are needed: time and memory do not depend on them. Every kind of step that a schedule of
 50 has is timed (the halvings act in the first ones only) and weighed by how often it comes. On a
-CPU the process's own CPU time is taken, which other programs disturb least.
+CPU the process's own CPU time is taken, which other programs disturb least. `--count` counts the
+work instead, on the meta device: in seconds, at any size.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from torch.utils.flop_counter import FlopCounterMode
 
 import retrofit
 from retrofit.compare.measure import describe_machine
@@ -51,10 +53,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def make_unet(name: str, dtype: torch.dtype, device: str) -> UNet2DConditionModel:
     """A UNet of public size with random weights; or the small trained one."""
     if name == SMALL:
-        return UNet2DConditionModel.from_pretrained(MODEL, torch_dtype=dtype).to(device)
+        unet = UNet2DConditionModel.from_pretrained(MODEL, torch_dtype=dtype)
+        return unet.eval().to(device)
     with torch.device("meta"):
         unet = UNet2DConditionModel(**CONFIGS[name])
     unet = unet.to(dtype).to_empty(device=device).eval()
+    if device == "meta":
+        return unet
     with torch.no_grad():
         for index, (path, weight) in enumerate(unet.named_parameters()):
             if "norm" in path:
@@ -105,6 +110,14 @@ def time_call(unet: Any, inputs: dict[str, Any], device: str, rounds: int) -> di
     return {"seconds": min(seconds), "peak_bytes": peak(device)}
 
 
+def count_work(unet: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Floating-point operations of a call, in 10^12; tensors have no values."""
+    counter = FlopCounterMode(display=False)
+    with torch.no_grad(), torch.device("meta"), counter:
+        unet(**inputs)
+    return {"teraflops": counter.get_total_flops() / 1e12}
+
+
 def restart_peak(device: str) -> None:
     """Forget the peak so far."""
     if device == "cpu":
@@ -122,39 +135,51 @@ def peak(device: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def kinds_of_steps(patch: Any) -> dict[tuple[int, ...], list[int]]:
-    """Steps of the schedule by which halvings act in them."""
+def kinds_of_steps(patch: Any, is_large: bool) -> list[list[int]]:
+    """Steps of the schedule by which halvings act in them at this size."""
+    ending = "_large" if is_large else "_small"
     kinds: dict[tuple[int, ...], list[int]] = {}
     for step in range(STEPS):
         patch.at_step(step, STEPS)
-        acting = tuple(v for k, v in sorted(patch.state.values.items()) if "shifts" not in k)
+        values = patch.state.values
+        acting = tuple(values[name] for name in sorted(values) if name.endswith(ending))
         kinds.setdefault(acting, []).append(step)
-    return kinds
+    return list(kinds.values())
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time dense and every kind of patched step."""
+    """Time, or count, dense and every kind of patched step; dense once more at the end."""
     width, height = (int(side) for side in arguments.size.split("x"))
-    dtype, device = getattr(torch, arguments.dtype), arguments.device
+    dtype = getattr(torch, arguments.dtype)
+    device = "meta" if arguments.count else arguments.device
     unet = make_unet(arguments.unet, dtype, device)
     inputs = make_inputs(arguments.unet, width, height, dtype, device)
-    dense = time_call(unet, inputs, device, arguments.rounds)
-    kinds = []
-    with retrofit.patch(unet, Recipe.read(shipped_recipes()[arguments.recipe])) as patch:
-        for steps in kinds_of_steps(patch).values():
+    recipe = Recipe.read(shipped_recipes()[arguments.recipe])
+    scale = min(width, height) / 8 / unet.config.sample_size
+
+    def look() -> dict[str, Any]:
+        if arguments.count:
+            return count_work(unet, inputs)
+        return time_call(unet, inputs, device, arguments.rounds)
+
+    key = "teraflops" if arguments.count else "seconds"
+    dense, kinds = look(), []
+    with retrofit.patch(unet, recipe) as patch:
+        for steps in kinds_of_steps(patch, scale >= recipe.method.large_scale):
             patch.at_step(steps[0], STEPS)
-            timed = time_call(unet, inputs, device, arguments.rounds)
-            kinds.append({"first": steps[0], "steps": len(steps), **timed})
-    patched = sum(kind["seconds"] * kind["steps"] for kind in kinds) / STEPS
+            kinds.append({"first": steps[0], "steps": len(steps), **look()})
+    again = look()  # the first call of all also prepared the libraries
+    dense = min(dense, again, key=lambda result: result[key])
+    mean = sum(kind[key] * kind["steps"] for kind in kinds) / STEPS
     return {
         "unet": arguments.unet,
         "size": arguments.size,
         "recipe": arguments.recipe,
         "dense": dense,
         "patched": kinds,
-        "patched_mean_seconds": patched,
-        "saved": 1 - patched / dense["seconds"],
-        "clock": "process CPU time" if device == "cpu" else "wall",
+        f"patched_mean_{key}": mean,
+        "saved": 1 - mean / dense[key],
+        "clock": {"cpu": "process CPU time", "meta": "none"}.get(device, "wall"),
         "rounds": arguments.rounds,
         "load": load_average(),
         "machine": describe_machine(unet),
@@ -169,6 +194,7 @@ def main() -> None:
     parser.add_argument("--recipe", default="unet2d_hidiffusion", help="a shipped recipe")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--count", action="store_true", help="count the work, run nothing")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, help="JSON lines to append to")

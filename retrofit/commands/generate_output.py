@@ -27,7 +27,8 @@ def say_expected_time(generator: Generator) -> None:
 
     seconds = expected_seconds(generator.checkpoint, generator.request)
     if seconds is not None and seconds > LONG:
-        dense = "" if generator.request.recipe is None else ", if it were dense"
+        is_patched = generator.request.recipe or generator.checkpoint.manifest
+        dense = ", if it were dense" if is_patched else ""
         say(f"on this CPU: about {_spell(seconds)}{dense} (from the work of a step)")
 
 

@@ -12,10 +12,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from retrofit.generate import expected, running
 from retrofit.generate.png import KEY, read_record
 from tests import tiny_models, tiny_pipelines
+from tests.single_files import name_stable_diffusion_as_released
 from tests.test_generate_combinations import EMBEDDING, ip_adapter_weights
 
 COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}
@@ -134,6 +136,32 @@ def test_a_patched_checkpoint_makes_what_the_method_makes(
     assert np.array_equal(pixels(tmp_path / "method.png"), pixels(tmp_path / "saved.png"))
     generate(*QUICK, "--size", "64x64", "-o", tmp_path / "dense.png")
     assert not np.array_equal(pixels(tmp_path / "dense.png"), pixels(tmp_path / "saved.png"))
+
+
+def test_a_single_file_and_its_patched_checkpoint_make_the_folders_pictures(
+    generate, pipeline, tmp_path, run_command
+):
+    dense = tiny_pipelines.make_sd_pipeline()
+    parts = (dense.unet, dense.vae, dense.text_encoder)
+    file, patched = tmp_path / "sd.safetensors", tmp_path / "patched"
+    save_file(name_stable_diffusion_as_released(*(part.state_dict() for part in parts)), file)
+    assert run_command("patch", file, "--config", pipeline, *TWICE[2:], "-o", patched).code == 0
+    generate(*QUICK, *TWICE, "-o", tmp_path / "folder.png")
+    generate(*QUICK, *TWICE, "--config", pipeline, "-o", tmp_path / "file.png", model=file)
+    generate(*QUICK, *TWICE[:2], "-o", tmp_path / "patched.png", model=patched)
+    for name in ("file", "patched"):
+        assert np.array_equal(pixels(tmp_path / "folder.png"), pixels(tmp_path / f"{name}.png"))
+
+
+@pytest.mark.parametrize("size", ["64x64", "72x40"])
+def test_sdxl_is_patched_at_its_own_resolution(run_command, tmp_path, size):
+    folder = tiny_pipelines.write_pipeline(tiny_pipelines.make_sdxl_pipeline(), tmp_path / "sdxl")
+    command = ("generate", folder, *QUICK, "--size", size)
+    assert run_command(*command, "-o", tmp_path / "dense.png").code == 0
+    answer = run_command(*command, "-m", "hidiffusion", "-o", tmp_path / "a.png", "--json")
+    assert answer.code == 0, answer.err
+    assert all(".1." in path for path in answer.json["patched"])
+    assert not np.array_equal(pixels(tmp_path / "dense.png"), pixels(tmp_path / "a.png"))
 
 
 def test_time_saved_is_a_dense_call_against_the_run_itself(generate, tmp_path):

@@ -45,3 +45,12 @@ def test_every_kind_of_step_is_timed_and_weighed(recipe: str) -> None:
     assert result["patched_mean_seconds"] == pytest.approx(total / 50)
     assert result["saved"] == pytest.approx(1 - total / 50 / result["dense"]["seconds"])
     assert result["dense"]["peak_bytes"] > 10_000_000
+
+
+def test_work_is_counted_without_running_anything() -> None:
+    arguments = ("shapes", "--size", "256x256", "--dtype", "float32", "--device", "cpu")
+    result = json.loads(run_script("step_time.py", *arguments, "--count"))
+    assert [kind["steps"] for kind in result["patched"]] == [20, 30]
+    halved, windows = (kind["teraflops"] for kind in result["patched"])
+    assert halved < windows < result["dense"]["teraflops"]
+    assert 0.1 < result["saved"] < 0.9
