@@ -26,7 +26,11 @@ from retrofit.timing import Contender, Race, Spread, load_average, race
 
 CLOSE = 0.25
 ROUNDS = 5
-PRESETS = (*windows.PRESETS, *models.PRESETS)
+
+
+def presets() -> tuple[str, ...]:
+    """Names of everything that can be predicted and measured."""
+    return (*windows.PRESETS, *models.PRESETS)
 
 
 def predict(traces: dict[str, Trace]) -> dict[str, float]:
@@ -86,7 +90,10 @@ def networks(name: str, dtype: torch.dtype, options: argparse.Namespace) -> Iter
     preset = models.PRESETS[name]
     with torch.device("meta"):
         empty = preset.build().eval().to(dtype)
-    inputs = {key: value.to("meta") for key, value in preset.inputs(dtype).items()}
+    inputs = {
+        key: value.to("meta") if isinstance(value, torch.Tensor) else value
+        for key, value in preset.inputs(dtype).items()
+    }
     traces = {}
     with tracing(empty) as traces["dense"]:
         empty(**inputs)
@@ -148,11 +155,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     common.add_options(parser)
     parser.add_argument(
-        "--preset", default=",".join((*windows.PRESETS, "sd15-512")), help=", ".join(PRESETS)
+        "--preset", default=",".join((*windows.PRESETS, "sd15-512")), help=", ".join(presets())
     )
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args(arguments)
-    names = common.read_list("preset", options.preset, common.known(PRESETS))
+    names = common.read_list("preset", options.preset, common.known(presets()))
     dtypes = common.read_list("dtype", options.dtype, common.read_dtype)
     machine = common.prepare(options)
     are_close = True
