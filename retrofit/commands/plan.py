@@ -152,6 +152,8 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
 
 
 def _seconds(value: float) -> str:
+    if not value:
+        return "-"
     return f"{1000 * value:.3g} ms" if value < 1 else f"{value:.3g} s"
 
 

@@ -19,7 +19,8 @@ from retrofit.kernels.grid_window.pattern import Pattern
 
 MOST_FLOPS = 1.5e9  # of one example; larger ones are cut
 MOST_BYTES = 32 * 2**20  # of one example that only moves memory
-SECONDS_EACH = 0.03  # for which an example is repeated, at least once
+SECONDS_EACH = 0.03  # for which an example is repeated, at least three times
+SLOW = 0.5  # seconds of an example that is timed once
 BANDWIDTH_ELEMENTS = 2**22
 OVERHEAD_CALLS = 200
 
@@ -330,12 +331,12 @@ def _time(run: Callable[[], Any], device: str) -> float:
     run()
     _finish(device)
     taken: list[float] = []
-    while len(taken) < 2 or (sum(taken) < SECONDS_EACH and len(taken) < 50):
+    while len(taken) < 3 or (sum(taken) < SECONDS_EACH and len(taken) < 50):
         start = time.perf_counter()
         run()
         _finish(device)
         taken.append(time.perf_counter() - start)
-        if taken[0] > SECONDS_EACH * 4:
+        if taken[0] > SLOW:
             break
     return statistics.median(taken)
 
