@@ -116,7 +116,7 @@ def test_a_watch_leaves_no_hook_and_keeps_only_the_last_steps_inputs():
         unet(*inputs)
     assert watch.last is not None
     assert len(watch.seconds) == 2
-    assert watch.time_last_again() > 0
+    assert min(watch.time_last_again()) > 0
     assert len(watch.seconds) == 2
     assert not unet._forward_hooks
     assert not unet._forward_pre_hooks

@@ -95,7 +95,8 @@ def describe(generator: Generator, opened: Any, done: Done, saved: TimeSaved | N
         what = "saved" if saved.seconds >= 0 else "lost: at this size the patch does not pay"
         lines.append(
             f"denoising: {saved.patched_seconds:.1f} s, dense {saved.dense_seconds:.1f} s "
-            f"({saved.calls} calls of {saved.dense_call_seconds:.2f} s, one timed after this run): "
+            f"({saved.calls} calls of {saved.dense_call_seconds:.2f} s, "
+            f"as {saved.dense_calls} timed after this run): "
             f"{abs(saved.seconds):.1f} s ({abs(saved.fraction):.0%}) {what}"
         )
     if len(done) == 1:

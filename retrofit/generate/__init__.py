@@ -134,7 +134,7 @@ class Generator:
             return run_batch(opened, request, watch, "preview", progress)[0]
 
     def time_saved(self) -> TimeSaved | None:
-        """What the patch saved, by one dense call after the run; None if there is no patch."""
+        """What the patch saved, by dense calls after the run; None if there is no patch."""
         from retrofit.generate.pipelines import without_patch
         from retrofit.generate.watching import TimeSaved
 
@@ -147,5 +147,6 @@ class Generator:
         return TimeSaved(
             calls=len(watch.seconds),
             patched_seconds=sum(watch.seconds),
-            dense_call_seconds=dense,
+            dense_call_seconds=sum(dense) / len(dense),
+            dense_calls=len(dense),
         )
