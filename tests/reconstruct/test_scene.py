@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -49,7 +50,7 @@ def test_progress_counts_every_block_of_the_network(networks, photos) -> None:
     files = sorted(photos.iterdir())
     reconstructor.run(files, progress=lambda *step: told.append(step))
     steps = [step for step in told if step[0] == "reconstructing"]
-    blocks = 2 * VGGT_CONFIG["aggregator"]["depth"]
+    blocks = 2 * VGGT_CONFIG["aggregator"]["depth"] + VGGT_CONFIG["dino"]["depth"]
     assert steps == [("reconstructing", i, blocks) for i in range(blocks + 1)]
 
 
@@ -100,7 +101,10 @@ VIEWS, SIZE = 12, (196, 252)
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc to restart the mark")
 def test_the_predicted_peak_is_right_within_15_percent() -> None:
     predicted = MemoryModel(lambda: VGGT.from_config(CONFIG), SIZE).need(VIEWS)
-    done = subprocess.run([sys.executable, "-c", MEASURE], capture_output=True, text=True)
+    # every tensor goes back to the system when it is freed, as larger ones always do
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", MEASURE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     measured = int(done.stdout)
     assert measured > 100e6  # large enough that the allocator's own slack is small
     assert abs(predicted - measured) < 0.15 * measured, (predicted, measured)
