@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,15 +19,17 @@ import torch
 from torch import nn
 
 from benchmarks import common
-from retrofit.compare import compare_models
-from retrofit.compare.measure import ModelCall, ModelInput
-from retrofit.compare.report import to_dict
-from retrofit.compare.result import Comparison
+from benchmarks.peers import Missing, import_failure
+from retrofit.compare.metrics import output_tensor
 from retrofit.methods import METHODS
+from retrofit.patching import patch
 from retrofit.recipe import Recipe
+from retrofit.timing import Contender, Race, Spread, race
 
 TEXT_TOKENS = {"sd15": 77, "wan": 512}
 STEPS = 20
+DENSE, TOMESD = "dense", "tomesd, half merged"
+MERGED = 0.5  # of the tokens, by tomesd
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,13 +130,60 @@ PRESETS = {
 
 
 def measure(
-    preset: ModelPreset, name: str, dtype: torch.dtype, options: argparse.Namespace
-) -> Comparison:
-    """Dense and every variant in interleaved rounds."""
+    preset: ModelPreset, dtype: torch.dtype, options: argparse.Namespace
+) -> tuple[Race, list[Missing]]:
+    """Dense, every variant and the peers, in interleaved rounds."""
     model = preset.build().eval().to(options.device, dtype)
-    call = ModelCall(arguments=preset.inputs(dtype), step=(preset.step, STEPS))
-    item = ModelInput(name=name, calls=(call,))
-    return compare_models(model, preset.variants, [item], rounds=options.rounds or 3)
+    inputs = {
+        name: value.to(options.device) if isinstance(value, torch.Tensor) else value
+        for name, value in preset.inputs(dtype).items()
+    }
+    runs = {DENSE: lambda: model(**inputs)}
+    runs |= {
+        name: functools.partial(run_patched, preset, model, inputs, name)
+        for name in preset.variants
+    }
+    peer = tomesd_run(model, inputs)
+    missing = [peer] if isinstance(peer, Missing) else []
+    if not isinstance(peer, Missing):
+        runs[TOMESD] = peer
+    contenders = [
+        Contender(name=name, run=run, error=is_not_finite, tolerance=0.5)
+        for name, run in runs.items()
+    ]
+    with torch.no_grad():
+        found = race(contenders, rounds=options.rounds or 3, device=options.device)
+    return found, missing
+
+
+def run_patched(preset: ModelPreset, model: nn.Module, inputs: dict[str, Any], variant: str) -> Any:
+    """One call with a patch, which is put in and taken out again."""
+    with patch(model, preset.variants[variant]) as handle:
+        handle.at_step(preset.step, STEPS)
+        return model(**inputs)
+
+
+def tomesd_run(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any] | Missing:
+    """Token merging at its default ratio, for the UNets that it knows."""
+    if "sample" not in inputs:
+        return Missing(name=TOMESD, reason="merges tokens of UNets only")
+    if reason := import_failure("tomesd"):
+        return Missing(name=TOMESD, reason=reason)
+    tomesd = importlib.import_module("tomesd")
+
+    def run() -> Any:
+        tomesd.apply_patch(model, ratio=MERGED)
+        try:
+            return model(**inputs)
+        finally:
+            tomesd.remove_patch(model)
+
+    return run
+
+
+def is_not_finite(output: Any) -> float:
+    """0 for a finite output, else 1: weights are random, so there is no truth to compare with."""
+    return float(not bool(torch.isfinite(output_tensor(output)).all()))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -152,28 +202,49 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = common.prepare(options)
     for name in names:
         for dtype in dtypes:
-            comparison = measure(PRESETS[name], name, dtype, options)
-            if options.json:
-                common.emit({"preset": name, **machine.to_dict(), **to_dict(comparison)})
-            else:
-                _print(name, comparison)
+            found, missing = measure(PRESETS[name], dtype, options)
+            lines = describe(name, dtype, found, missing)
+            for line in lines:
+                common.emit({**line, **machine.to_dict()}) if options.json else print(
+                    as_text(line), flush=True
+                )
     common.print_clock(machine)
     return 0
 
 
-def _print(name: str, comparison: Comparison) -> None:
-    dense = comparison.dense.seconds.median
-    print(
-        f"{name} {comparison.machine['dtype']}: dense {dense:.3f} s, load {comparison.load[1]}"
-        f"{', noisy' if comparison.noisy else ''}"
+def describe(
+    preset: str, dtype: torch.dtype, found: Race, missing: Sequence[Missing]
+) -> list[dict[str, Any]]:
+    """A line for each route, those that did not run included."""
+    head = {"preset": preset, "dtype": str(dtype).removeprefix("torch."), "load": list(found.load)}
+    lines: list[dict[str, Any]] = [
+        {
+            **head,
+            "route": name,
+            "seconds": Spread(values=times).to_dict(),
+            "speed": found.speed(name, DENSE).to_dict() if DENSE in found.seconds else None,
+            "rounds": found.rounds,
+            "noisy": DENSE in found.seconds and found.is_noisy(DENSE),
+        }
+        for name, times in found.seconds.items()
+    ]
+    lines += [{**head, "route": k, "refused": why} for k, why in found.refused.items()]
+    return lines + [{**head, "route": peer.name, "missing": peer.reason} for peer in missing]
+
+
+def as_text(line: dict[str, Any]) -> str:
+    """The same for people."""
+    head = f"{line['preset']:<16} {line['dtype']:<9} {line['route']:<24}"
+    if "seconds" not in line:
+        return f"{head} not timed: {line.get('refused') or line['missing']}"
+    speed = line["speed"]
+    shown = (
+        ""
+        if speed is None
+        else (f"{speed['median']:5.2f}x ({speed['min']:.2f} to {speed['max']:.2f})")
     )
-    for row in comparison.variants:
-        kept = "-" if row.keep_measured is None else f"{row.keep_measured:.3f}"
-        print(
-            f"  {row.name:<24} {row.seconds.median:8.3f} s  {row.speed.median:5.2f}x "
-            f"({min(row.speed.values):.2f} to {max(row.speed.values):.2f})  kept {kept}",
-            flush=True,
-        )
+    noisy = ", noisy" if line["noisy"] else ""
+    return f"{head} {line['seconds']['median']:8.3f} s  {shown}  load {line['load'][1]}{noisy}"
 
 
 if __name__ == "__main__":

@@ -113,9 +113,12 @@ class Race:
         return Spread(values=tuple(slow / fast for slow, fast in pairs))
 
     def is_noisy(self, base: str) -> bool:
-        """Whether a contender's times vary by more than a quarter."""
+        """Whether a contender's times are too few, or vary by more than a quarter."""
         times = self.seconds[base]
-        return (max(times) - min(times)) / statistics.median(times) > NOISE
+        return (
+            len(times) < FEWEST_ROUNDS
+            or (max(times) - min(times)) / statistics.median(times) > NOISE
+        )
 
 
 def race(

@@ -157,10 +157,13 @@ def tiny_preset():
 
 def test_whole_networks_are_timed_dense_and_patched(capsys, monkeypatch):
     monkeypatch.setattr(models, "PRESETS", {"tiny": tiny_preset()})
+    monkeypatch.setitem(sys.modules, "tomesd", None)  # as if it were not installed
     assert models.main(["--preset", "tiny", "--rounds", "1", "--json", "--threads", "1"]) == 0
-    (line,) = lines_of(capsys)
-    assert line["preset"] == "tiny"
-    assert [variant["name"] for variant in line["variants"]] == ["half"]
+    lines = {line["route"]: line for line in lines_of(capsys)}
+    assert set(lines) == {"dense", "half", models.TOMESD}
+    assert lines["dense"]["speed"]["median"] == 1.0
+    assert lines["half"]["speed"]["median"] > 0
+    assert "not installed" in lines[models.TOMESD]["missing"]
 
 
 def test_predictions_are_compared_with_measurements(capsys, monkeypatch):

@@ -130,3 +130,11 @@ def test_the_slow_choice_agrees_with_the_operator():
     fast = quick.select_blocks(query, key, block_size=(128, 64), keep=0.3)
     assert quick.disagreement(fast, slow) == 0.0
     assert slow.sum(-1).unique().tolist() == [4]
+
+
+def test_cases_past_the_budget_get_one_round_and_say_so(small, capsys, monkeypatch):
+    monkeypatch.setattr(quick, "BUDGET", -1.0)
+    assert quick.main(["--json", "--only", "C7"]) == 0
+    for line in lines_of(capsys):
+        assert line["rounds"] == 1
+        assert line["noisy"]
