@@ -231,9 +231,10 @@ def _put_special(
     """Rows of the special tokens, which see all."""
     for index, mask in special_rows(q, grid, attn_mask, 8 if lse is not None else 0):
         rows, row_lse = attend(q.index_select(2, index), k, v, mask, scale, lse is not None)
-        out.index_copy_(2, index, rows)
+        # into a view, as the tiles are: once a view was written, a tracer refuses the tensor itself
+        out[:, :].index_copy_(2, index, rows)
         if lse is not None and row_lse is not None:
-            lse.index_copy_(2, index, row_lse)
+            lse[:, :].index_copy_(2, index, row_lse)
 
 
 def special_rows(

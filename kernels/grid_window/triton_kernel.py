@@ -109,10 +109,13 @@ def grid_window_fwd_kernel(
     """One block of rows of one tile and head, over the keys of the tile and the special tokens."""
     LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
-    i_block = tl.program_id(0) % row_blocks
-    i_tile = tl.program_id(0) // row_blocks
-    i_batch = (tl.program_id(1) // num_heads).to(tl.int64)
-    i_head = (tl.program_id(1) % num_heads).to(tl.int64)
+    # one axis: the others of a launch hold 65535 programs, fewer than some batches have heads
+    num_blocks = tiles_0 * tiles_1 * tiles_2 * row_blocks
+    i_head = tl.program_id(0) // num_blocks
+    i_block = tl.program_id(0) % num_blocks % row_blocks
+    i_tile = tl.program_id(0) % num_blocks // row_blocks
+    i_batch = (i_head // num_heads).to(tl.int64)
+    i_head = (i_head % num_heads).to(tl.int64)
     i_2 = i_tile % tiles_2
     i_1 = i_tile // tiles_2 % tiles_1
     i_0 = i_tile // (tiles_2 * tiles_1)

@@ -148,7 +148,7 @@ def _launch(
     launch = choose_launch(widest, q.element_size(), num_rows, capability(q.device))
     row_blocks = -(-num_rows // launch.block_m)
     masks, strides = _key_mask(attn_mask)
-    grid = (math.prod(tiles) * row_blocks, batch * heads)
+    grid = (math.prod(tiles) * row_blocks * batch * heads,)
     grid_window_fwd_kernel[grid](
         q,
         k,
