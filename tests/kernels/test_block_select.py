@@ -138,6 +138,13 @@ def test_any_scores_are_ordered(monkeypatch: pytest.MonkeyPatch, route: str) -> 
         assert kept[0, 0, 0].nonzero().flatten().tolist() == sorted(order[:count])
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_scores_in_half_precision_are_ordered_as_numbers(dtype: torch.dtype) -> None:
+    scores = torch.stack([torch.randperm(200) for _ in range(6)]).view(1, 2, 3, 200)
+    kept = select_by_score(scores.to(dtype), keep=0.25)
+    assert torch.equal(kept, scores >= 150)
+
+
 def test_fractions_may_differ_between_heads() -> None:
     query, key = torch.randn(2, 3, 200, 16), torch.randn(2, 3, 640, 16)
     kept = select_blocks(query, key, keep=[0.1, 0.5, 1.0])
