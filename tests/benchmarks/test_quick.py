@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import common, quick
+from benchmarks import common, quick, summary
 from retrofit.bench import patterns
 
 KEYS = {"goal", "case", "ratio", "must", "target", "load", "refused"}
@@ -138,3 +138,15 @@ def test_cases_past_the_budget_get_one_round_and_say_so(small, capsys, monkeypat
     for line in lines_of(capsys):
         assert line["rounds"] == 1
         assert line["noisy"]
+
+
+def test_a_summary_names_what_was_reached(small, capsys, tmp_path):
+    quick.main(["--json", "--only", "C9"])
+    file = tmp_path / "quick.jsonl"
+    file.write_text(capsys.readouterr().out)
+    assert summary.main([str(file)]) == 0
+    out = capsys.readouterr().out
+    assert out.count("| C9 |") == 4
+    assert out.count("| target |") == 5  # the header too
+    with pytest.raises(common.WrongOptionError, match="no such file"):
+        summary.main([str(tmp_path / "none")])
