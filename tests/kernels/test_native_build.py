@@ -188,10 +188,9 @@ def test_the_switch_turns_native_off_whatever_was_loaded(
 
 
 def widths() -> list[tuple[str, ...]]:
-    """Flags for the vector widths that this processor can run."""
+    """Flags for the vector widths beside the native one; the baseline has 16 bytes."""
     is_intel = platform.machine().lower() in ("x86_64", "amd64")
-    every = [(), ("-DVECTOR_BYTES=16", "-march=native")]
-    return [*every, ("-DVECTOR_BYTES=32", "-march=native")] if is_intel else every
+    return [(), ("-DVECTOR_BYTES=32", "-march=native")] if is_intel else [()]
 
 
 def run_driver(flags: tuple[str, ...], target: Path, calls: int) -> None:
