@@ -18,6 +18,8 @@ RETRY = 0.1  # seconds
 IMPORT = "<frozen importlib"
 
 _pressed = threading.Event()
+_cleaning = threading.Event()
+ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
 @contextmanager
@@ -33,11 +35,26 @@ def watched() -> Iterator[None]:
         return
     _pressed.clear()
     signal.signal(signal.SIGINT, _interrupt)
+    ends = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
+    for number in ends:
+        signal.signal(number, _terminate)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, usual)
+        for number in ends:
+            signal.signal(number, signal.SIG_DFL)
         _pressed.clear()
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Finish the block, which cleans up after an interruption, whatever else is pressed."""
+    _cleaning.set()
+    try:
+        yield
+    finally:
+        _cleaning.clear()
 
 
 def raise_if_interrupted() -> None:
@@ -50,8 +67,16 @@ def raise_if_interrupted() -> None:
         raise KeyboardInterrupt
 
 
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Leave as after Ctrl-C, cleaning up, with the shell's code for a signal."""
+    if not _cleaning.is_set():
+        raise SystemExit(128 + number)
+
+
 def _interrupt(number: int, frame: FrameType | None) -> None:
     _pressed.set()
+    if _cleaning.is_set():
+        return
     if not _is_importing(frame):
         raise KeyboardInterrupt
     again = threading.Timer(RETRY, _press_again)

@@ -77,10 +77,33 @@ def test_replacing_leaves_only_the_new_folder(can_exchange, tmp_path, monkeypatc
         monkeypatch.setattr(writing, "_exchange", lambda first, second: False)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "old").write_text("old")
-    with new_folder(tmp_path / "out") as folder:
+    with new_folder(tmp_path / "out", replace=True) as folder:
         (folder / "new").write_text("new")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("name", ["out", "q[1]"])
+def test_what_appears_while_writing_is_kept(name, tmp_path):
+    out = tmp_path / name
+
+    def write():
+        with new_folder(out) as folder:
+            (folder / "new").write_text("new")
+            out.mkdir()
+            (out / "precious").write_text("years of work")
+
+    with pytest.raises(InputError, match="something was written there meanwhile"):
+        write()
+    assert (out / "precious").read_text() == "years of work"
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_leftovers_of_a_name_with_brackets_are_found(tmp_path):
+    (tmp_path / f".q[1]{PARTIAL}999999999").mkdir()
+    with new_folder(tmp_path / "q[1]"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["q[1]"]
 
 
 KILLED = {
@@ -106,13 +129,13 @@ def test_killed_at_any_moment_nothing_half_written_is_taken(moment, replacing, s
         def patch_write(name, only=None):
             owner = os if name.startswith("os.") else writing
             own = getattr(owner, name.removeprefix("os."))
-            def dying(*arguments):
+            def dying(*arguments, **options):
                 if only in (None, str(arguments[0])):
                     os.kill(os.getpid(), signal.SIGKILL)
-                return own(*arguments)
+                return own(*arguments, **options)
             setattr(owner, name.removeprefix("os."), dying)
         {KILLED[moment]}
-        with writing.new_folder(out) as folder:
+        with writing.new_folder(out, replace=True) as folder:
             files = writing.list_files(source)
             writing.copy_files(files, folder, link=False, advance=lambda n: None)
     """
@@ -127,7 +150,7 @@ def test_killed_at_any_moment_nothing_half_written_is_taken(moment, replacing, s
         assert len(left) == 1
         with pytest.raises(CheckpointError, match="interrupted run"):
             find_checkpoint(left[0])
-    with new_folder(out) as folder:
+    with new_folder(out, replace=True) as folder:
         (folder / "again").write_text("again")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,35 @@ def test_one_that_a_library_swallowed_publishes_nothing(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_pressing_again_does_not_stop_the_cleaning_up(tmp_path, monkeypatch):
+    real = shutil.rmtree
+
+    def impatient(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        real(*arguments, **options)
+
+    monkeypatch.setattr(shutil, "rmtree", impatient)
+
+    def write():
+        with watched(), new_folder(tmp_path / "out"):
+            signal.raise_signal(signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        write()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_being_terminated_cleans_up_too(tmp_path):
+    def write():
+        with watched(), new_folder(tmp_path / "out"):
+            signal.raise_signal(signal.SIGTERM)
+
+    with pytest.raises(SystemExit) as left:
+        write()
+    assert left.value.code == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
 
 

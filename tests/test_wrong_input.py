@@ -291,6 +291,26 @@ def test_an_output_that_exists(refused, encoder, tmp_path):
     assert "holds thesis.tex" in refused(*_patch(encoder, tmp_path / "out", "--force"))
 
 
+def test_force_replaces_only_what_patch_wrote(
+    refused, encoder, patched, copy_of, tmp_path, run_command
+):
+    finetuned = copy_of(encoder)
+    assert "has no retrofit.json" in refused(*_patch(encoder, finetuned, "--force"))
+    earlier = copy_of(patched)
+    (earlier / ".git").mkdir()
+    (earlier / ".git" / "HEAD").write_text("ref")
+    assert "it holds .git/HEAD" in refused(*_patch(encoder, earlier, "--force"))
+    shutil.rmtree(earlier / ".git")
+    with (earlier / WEIGHTS).open("r+b") as stream:
+        stream.seek(-4, 2)
+        stream.write(b"mine")
+    assert "not the file that was patched" in refused(*_patch(encoder, earlier, "--force"))
+    assert "--force replaces only" in refused("unpatch", patched, "-o", earlier, "--force")
+    shutil.rmtree(earlier)
+    again = copy_of(patched)
+    assert run_command(*_patch(encoder, again, "--force", "--no-proof")).code == 0
+
+
 def test_an_output_inside_the_checkpoint(refused, encoder, copy_of):
     folder = copy_of(encoder)
     assert "inside the checkpoint" in refused(*_patch(folder, folder / "out"))

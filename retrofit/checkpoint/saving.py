@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from retrofit.checkpoint.writing import (
     refuse_output,
     total_size,
 )
-from retrofit.errors import AlreadyPatchedError, VerificationError
+from retrofit.errors import AlreadyPatchedError, CheckpointError, VerificationError
 from retrofit.methods import Method
 from retrofit.patching import Patch, patch
 from retrofit.recipe import Recipe
@@ -171,7 +171,7 @@ def write_patched(
     check_weights(plan.checkpoint)
     if not link:
         refuse_full_disk(out, plan.num_bytes)
-    with new_folder(out) as folder:
+    with new_folder(out, replace=force) as folder:
         manifest = Manifest(
             source=_public_name(plan.checkpoint),
             **describe_patch(plan.handle),
@@ -182,6 +182,7 @@ def write_patched(
             proof=proof,
         )
         manifest.write(folder)
+        refuse_target(plan, out, force=force)  # what is there now, not what was
     return manifest
 
 
@@ -189,7 +190,7 @@ def refuse_target(plan: Plan, out: Path, *, force: bool) -> None:
     """Check, before anything is computed, that the output may be written."""
     names = {*plan.files, *plan.configs}
     source = plan.checkpoint.file or plan.checkpoint.root
-    refuse_output(out, source, force=force, names=names)
+    refuse_output(out, source, force=force, names=names, check_earlier=_check_patched)
 
 
 def save(
@@ -262,15 +263,29 @@ def unpatch(
     manifest = require_patched(checkpoint)
     out = Path(out).expanduser()
     files = {path: checkpoint.root / path for path in manifest.files}
-    refuse_output(out, checkpoint.root, force=force, names=set(files))
+    source_only = replace(manifest, configs={})
+
+    def refuse() -> None:
+        root, names = checkpoint.root, set(files)
+        refuse_output(out, root, force=force, names=names, check_earlier=source_only.check_files)
+
+    refuse()
     manifest.check_files(checkpoint.root)
     if not link:
         refuse_full_disk(out, total_size(files))
-    with new_folder(out) as hidden:
+    with new_folder(out, replace=force) as hidden:
         written = copy_files(files, hidden, link=link, advance=advance)
         for path, record in written.items():
             _compare(folder, path, record, manifest.files[path])
+        refuse()  # what is there now, not what was
     return out
+
+
+def _check_patched(folder: Path) -> None:
+    """Raise unless a folder is a patched checkpoint as it was written."""
+    if not (folder / MANIFEST).is_file():
+        raise CheckpointError(f"it has no {MANIFEST}.")
+    Manifest.read(folder).check_files(folder)
 
 
 def _compare(folder: str | Path, path: str, got: FileRecord, expected: FileRecord) -> None:

@@ -8,6 +8,7 @@ for a checkpoint and the next write to the same target removes.
 from __future__ import annotations
 
 import ctypes
+import glob
 import hashlib
 import os
 import shutil
@@ -19,14 +20,21 @@ from pathlib import Path
 from retrofit.checkpoint import PARTIAL
 from retrofit.checkpoint.manifest import CHUNK, MANIFEST, FileRecord, sample_file
 from retrofit.errors import InputError, RetrofitError
-from retrofit.interrupts import raise_if_interrupted
+from retrofit.interrupts import raise_if_interrupted, shielded
 
 Advance = Callable[[int], object]
 REPLACED = ".retrofit-replaced-"
 NOT_THE_CHECKPOINT = {".git", ".cache", "__pycache__"}
 
 
-def refuse_output(out: Path, source: Path, *, force: bool, names: set[str]) -> None:
+def refuse_output(
+    out: Path,
+    source: Path,
+    *,
+    force: bool,
+    names: set[str],
+    check_earlier: Callable[[Path], object] = lambda folder: None,
+) -> None:
     """Check, before anything is done, that a folder may be written.
 
     Args:
@@ -34,6 +42,7 @@ def refuse_output(out: Path, source: Path, *, force: bool, names: set[str]) -> N
         source: The checkpoint that is read.
         force: Whether an earlier result may be replaced.
         names: Paths that will be in it. Nothing else is ever deleted.
+        check_earlier: Raises a `RetrofitError` unless what is there is an earlier result.
 
     Raises:
         InputError: If it exists, lies inside the source or around it, or can't be written there.
@@ -50,12 +59,20 @@ def refuse_output(out: Path, source: Path, *, force: bool, names: set[str]) -> N
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise InputError(f"{out}: exists. Give another folder, or replace it with --force.")
-        foreign = sorted(path for path in list_files(out) if path not in names | {MANIFEST})
+        present = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
+        foreign = sorted(path for path in present if path not in names | {MANIFEST})
         if foreign:
             raise InputError(
                 f"{out}: --force replaces only an earlier result, but it holds {foreign[0]}. "
                 "Give another folder."
             )
+        try:
+            check_earlier(out)
+        except RetrofitError as error:
+            raise InputError(
+                f"{out}: --force replaces only an earlier result, and this is none ({error}) "
+                "Give another folder, or delete it yourself."
+            ) from error
     parent = next(folder for folder in target.parents if folder.exists())
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{out}: {parent} is read-only. Give a folder that you may write to.")
@@ -77,8 +94,16 @@ def refuse_full_disk(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
-    """Yield a hidden folder that becomes `out` when the block ends well, and else disappears."""
+def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+    """Yield a hidden folder that becomes `out` when the block ends well, and else disappears.
+
+    Args:
+        out: The folder to make.
+        replace: Whether what is there by then, and was checked, is replaced.
+
+    Raises:
+        InputError: If something is there by then that may not be replaced.
+    """
     out = out.absolute()
     missing = [folder for folder in out.parents if not folder.exists()]
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -90,24 +115,26 @@ def new_folder(out: Path) -> Iterator[Path]:
         for folder, _, _ in os.walk(hidden):
             _flush_folder(Path(folder))
         raise_if_interrupted()
-        _take_name(hidden, out)
+        _take_name(hidden, out, replace=replace)
         _flush_folder(out.parent)
     except BaseException:
-        shutil.rmtree(hidden, ignore_errors=True)
-        for parent in missing:
-            with suppress(OSError):  # somebody else has put something there
-                parent.rmdir()
+        with shielded():
+            shutil.rmtree(hidden, ignore_errors=True)
+            for parent in missing:
+                with suppress(OSError):  # somebody else has put something there
+                    parent.rmdir()
         raise
 
 
 def remove_leftovers(out: Path) -> None:
     """Remove what a killed run left beside a target; put an earlier result back if it was moved."""
-    for left in sorted(out.parent.glob(f".{out.name}{REPLACED}*")):
+    name = glob.escape(out.name)
+    for left in sorted(out.parent.glob(f".{name}{REPLACED}*")):
         if not out.exists():
             left.rename(out)
         elif not _is_running(left.name):
             shutil.rmtree(left)
-    for left in sorted(out.parent.glob(f".{out.name}{PARTIAL}*")):
+    for left in sorted(out.parent.glob(f".{name}{PARTIAL}*")):
         if not _is_running(left.name):
             shutil.rmtree(left)
 
@@ -205,10 +232,23 @@ def _flush_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
-def _take_name(hidden: Path, out: Path) -> None:
-    """Give the finished folder its name; an earlier result is exchanged in one step."""
-    if not out.exists():
-        hidden.rename(out)
+def _take_name(hidden: Path, out: Path, *, replace: bool) -> None:
+    """Give the finished folder its name; an earlier result is exchanged in one step.
+
+    Raises:
+        InputError: If something took the name meanwhile that may not be replaced.
+    """
+    if not replace or not out.exists():
+        try:
+            with suppress(FileNotFoundError):
+                out.rmdir()  # an empty folder is nobody's loss
+            hidden.rename(out)
+        except OSError as error:
+            if not os.path.lexists(out):
+                raise
+            raise InputError(
+                f"{out}: something was written there meanwhile, which is kept. Give another folder."
+            ) from error
         return
     if _exchange(hidden, out):
         shutil.rmtree(hidden)

@@ -100,13 +100,14 @@ def write_result(
     files = [fit.path for fit in scene.fits]
     refuse_target(out, files, source=files[0], force=force)
     cloud = make_cloud(scene, drop=drop, most=most)
-    with new_folder(out) as folder:
+    with new_folder(out, replace=force) as folder:
         scale = _write_depth(scene, folder)
         _write_cameras(result, folder / "cameras.json", scale)
         write_ply(cloud, folder / "points.ply")
         (folder / "colmap").mkdir()
         write_colmap(scene, cloud, folder / "colmap")
         draw_preview(scene, cloud.points, cloud.colours).save(folder / "preview.png")
+        refuse_target(out, files, source=files[0], force=force)  # what is there now
     return {"files": file_names(files), "points": len(cloud.points)}
 
 
