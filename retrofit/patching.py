@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from retrofit.errors import UnsupportedError
+from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.handlers import AttendAtSite, GuardRoot, ReadGrid, SizeScope
 from retrofit.intercept import Handler, install, uninstall
 from retrofit.methods import METHODS, Method
@@ -163,6 +163,13 @@ def patch(
         InputError: If nothing matches, the method does not fit, or the target is patched already;
             the target is then as it was.
     """
+    if not isinstance(what, (Recipe, Method, str)):
+        raise ConfigError(
+            f"patch: expected a method's name, its config or a recipe, got {what!r}. "
+            f"Methods: {', '.join(METHODS)}."
+        )
+    sites = (sites,) if isinstance(sites, str) else sites
+    components = (components,) if isinstance(components, str) else components
     found = find_networks(target, tuple(components) or _components(what))
     recipe = _resolve(what, found, sites, components, parameters)
     handle = Patch(recipe)
@@ -196,8 +203,9 @@ def _resolve(
             f"recipe: written for family {recipe.family!r}, got {found[0].family.name!r}. "
             "Use a recipe of that family, or the method's name for its defaults."
         )
-    if parameters:
-        recipe = replace(recipe, method=with_parameters(recipe.method, parameters))
+    if parameters:  # what a shipped recipe says of itself need not be true of the new settings
+        method = with_parameters(recipe.method, parameters)
+        recipe = replace(recipe, method=method, description="")
     return replace(
         recipe,
         sites=tuple(sites) or recipe.sites,

@@ -105,9 +105,10 @@ class Recipe:
         """
         try:
             text = Path(path).read_text()
-        except OSError as error:
+        except (OSError, UnicodeError) as error:
+            why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise NotFoundError(
-                f"{path}: can't be read ({error.strerror}). Give a YAML file, or the name of a "
+                f"{path}: can't be read ({why}). Give a YAML file, or the name of a "
                 f"shipped recipe. {suggest(Path(path).stem, shipped_recipes())}"
             ) from error
         try:

@@ -15,6 +15,7 @@ from torch import nn
 import retrofit
 from retrofit.errors import (
     AlreadyPatchedError,
+    ConfigError,
     GridError,
     NonFiniteError,
     NotFoundError,
@@ -487,3 +488,24 @@ def test_padding_reaches_the_operator():
     rows = inputs["attention_mask"].bool()
     expected = model(**inputs).last_hidden_state
     torch.testing.assert_close(out[rows], expected[rows], atol=1e-5, rtol=1e-4)
+
+
+# -- what it takes ---------------------------------------------------------------------------
+
+
+def test_one_site_glob_may_be_a_string():
+    model = make_bert()
+    patch = retrofit.patch(model, "window", sites="encoder.layer.0.*")
+    assert [path.split(".")[2] for path in patch.report.patched] == ["0"]
+
+
+@pytest.mark.parametrize("what", [None, 3])
+def test_something_that_is_no_method_is_refused(what):
+    with pytest.raises(ConfigError, match="a method's name, its config or a recipe.*window"):
+        retrofit.patch(make_bert(), what)
+
+
+def test_new_settings_do_not_keep_a_description_of_the_old_ones():
+    model = make_bert()
+    assert retrofit.patch(model, "block-sparse").recipe.description
+    assert not retrofit.patch(make_bert(), "block-sparse", keep=0.9).recipe.description

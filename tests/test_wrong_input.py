@@ -15,6 +15,7 @@ import pytest
 
 from retrofit.checkpoint import PARTIAL, saving, writing
 from retrofit.checkpoint.manifest import MANIFEST
+from retrofit.commands.options import read_settings
 from tests import tiny_models
 from tests.checkpoint_fixtures import BLOCKS, contents, edit_manifest
 
@@ -105,6 +106,25 @@ def test_a_parameter_beside_the_recipes_keys_is_shown_its_place(refused, encoder
     file.write_text("method: window\nkeep: 0.5\n")
     err = refused("patch", encoder, "--recipe", file, "-o", tmp_path / "out")
     assert "'keep' is a parameter of window: write it below `parameters:`" in err
+
+
+def test_a_recipe_that_is_no_text(refused, encoder, tmp_path):
+    file = tmp_path / "recipe.yaml"
+    file.write_bytes(b"\xff\xfe\x00")
+    assert "it is no text" in refused("patch", encoder, "--recipe", file, "-o", tmp_path / "out")
+
+
+def test_numbers_beyond_what_yaml_calls_numbers():
+    assert read_settings(["keep=1e-9", "pooling=max"]) == {"keep": 1e-9, "pooling": "max"}
+
+
+def test_a_seed_that_no_generator_takes(refused, encoder, tmp_path):
+    out = tmp_path / "out"
+    assert "--seed" in refused(*_patch(encoder, out, "--seed", "99999999999999999999"))
+
+
+def test_a_name_that_is_too_long(refused, encoder, tmp_path):
+    assert "the name is too long" in refused(*_patch(encoder, tmp_path / ("x" * 300)))
 
 
 def test_an_error_with_json_is_an_object_too(run_command, tmp_path):

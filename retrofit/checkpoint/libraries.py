@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -112,13 +113,15 @@ def conversion_command(checkpoint: Checkpoint, library: str, class_name: str) ->
         return (
             'python -c "import sys, torch, safetensors.torch as s; '
             "s.save_file(torch.load(sys.argv[1], map_location='cpu', weights_only=True), "
-            f'sys.argv[2])" {folder}/model.pt {folder}/model.safetensors'
+            f'sys.argv[2])" {shlex.quote(f"{folder}/model.pt")} '
+            f"{shlex.quote(f'{folder}/model.safetensors')}"
         )
     if checkpoint.pipeline_class is not None:
         library, class_name = "diffusers", "DiffusionPipeline"
     elif library == "transformers" and not class_name:
         class_name = "AutoModel"
     return (
-        f'python -c "from {library} import {class_name} as M; '
-        f"M.from_pretrained('{folder}', use_safetensors=False).save_pretrained('{folder}')\""
+        f'python -c "import sys; from {library} import {class_name} as M; '
+        'M.from_pretrained(sys.argv[1], use_safetensors=False).save_pretrained(sys.argv[1])" '
+        f"{shlex.quote(str(folder))}"
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -120,7 +121,8 @@ def refuse_pickle(file: Path) -> CheckpointError:
     )
     return CheckpointError(
         f"{file}: expected safetensors, got a pickle, and opening one can run any code. If you "
-        f'trust it, convert it: python -c "{code}" {file} {file.with_suffix(".safetensors")}'
+        f'trust it, convert it: python -c "{code}" {shlex.quote(str(file))} '
+        f"{shlex.quote(str(file.with_suffix('.safetensors')))}"
     )
 
 

@@ -171,6 +171,8 @@ def _describe_os_error(error: OSError) -> tuple[str, int]:
     where = error.filename2 or error.filename or "the output"
     if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
         return f"{where}: the disk is full. Free some space, or give another folder.", 1
+    if error.errno == errno.ENAMETOOLONG:
+        return f"{where}: the name is too long for this disk. Give a shorter one.", 2
     if error.errno in PERMISSIONS:
         return f"{where}: not writable here ({error.strerror}). Give another folder.", 2
     return f"{where}: {error.strerror}. Add --debug to see where.", 1

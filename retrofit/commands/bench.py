@@ -80,7 +80,10 @@ def run(
             rich_help_panel=SIZE,
         ),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the inputs.", rich_help_panel=SIZE)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", help="Of the inputs.", rich_help_panel=SIZE, max=options.MAX_SEED),
+    ] = 0,
     rounds: Annotated[
         int | None,
         typer.Option(

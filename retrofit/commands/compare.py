@@ -76,7 +76,10 @@ def run(
         int | None,
         typer.Option("--tokens", help="Where a text is cut.", rich_help_panel=INPUTS),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", help="Of the inputs.", rich_help_panel=INPUTS)] = 0,
+    seed: Annotated[
+        int,
+        typer.Option("--seed", help="Of the inputs.", rich_help_panel=INPUTS, max=options.MAX_SEED),
+    ] = 0,
     rounds: Annotated[
         int,
         typer.Option(

@@ -70,9 +70,24 @@ def _document(config: type[Method]) -> None:
         f"{config.lossy}",
         f"recipes: {', '.join(recipes) or 'none, its defaults below are used'}",
     )
-    rows = [(p["name"], p["type"], p["default"], p["what"]) for p in _settings(config)]
+    rows = [(p["name"], p["type"], _as_typed(p["default"]), p["what"]) for p in _settings(config)]
     print_table(("setting", "type", "default", "what it is"), rows)
-    print_lines(f"use: retrofit patch MODEL --method {config.name} --set {rows[0][0]}={rows[0][2]}")
+    print_lines(f"use: retrofit patch MODEL --method {config.name}{_example_setting(config)}")
+
+
+def _as_typed(value: Any) -> str:
+    """A default in the words that --set takes."""
+    words = {None: "null", True: "true", False: "false"}
+    return words[value] if value is None or isinstance(value, bool) else str(value)
+
+
+def _example_setting(config: type[Method]) -> str:
+    """A setting as one types it."""
+    defaults = {p["name"]: p["default"] for p in _settings(config)}
+    if "keep" in defaults:
+        return " --set keep=0.25"
+    given = {name: value for name, value in defaults.items() if isinstance(value, (int, float))}
+    return "".join(f" --set {name}={str(value).lower()}" for name, value in list(given.items())[:1])
 
 
 def _as_json(config: type[Method]) -> dict[str, Any]:

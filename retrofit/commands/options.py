@@ -12,6 +12,7 @@ from retrofit.errors import ConfigError, InputError
 if TYPE_CHECKING:
     from retrofit.recipe import Recipe
 
+MAX_SEED = 2**63 - 1
 WHAT = "What to install"
 WHERE = "Where it runs"
 OUTPUT = "What is written"
@@ -131,12 +132,22 @@ def read_settings(settings: list[str] | None) -> dict[str, Any]:
                 "of the work, keep=0.9 leaves nine tenths."
             )
         try:
-            values[name] = yaml.safe_load(text)
+            values[name] = _as_number(yaml.safe_load(text))
         except yaml.YAMLError as error:
             raise ConfigError(
                 f"--set {setting}: expected a number, a word or a list like [1,2], got {text!r}."
             ) from error
     return values
+
+
+def _as_number(value: Any) -> Any:
+    """A number where YAML sees a word, as in 1e-9, which it wants as 1.0e-9."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
 
 
 def read_recipe(method: str | None, recipe: str | None) -> Recipe | str:

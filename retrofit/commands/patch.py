@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Annotated, Any
@@ -57,7 +58,10 @@ def run(
         ),
     ] = False,
     seed: Annotated[
-        int, typer.Option("--seed", help="Of the probe.", rich_help_panel=options.WHERE)
+        int,
+        typer.Option(
+            "--seed", help="Of the probe.", rich_help_panel=options.WHERE, max=options.MAX_SEED
+        ),
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
@@ -186,15 +190,23 @@ def _describe(
         lines.append("left dense: " + ", ".join(f"{n} {why}" for why, n in reasons.items()))
     lines += [_describe_proof(entry, proof) for entry in (proof or {}).get("networks", [])]
     if out is None:
-        return [*lines, "dry run: nothing was written"]
+        seen = (
+            "" if plan.has_weights else "; there are no weights here, only configs were looked at"
+        )
+        return [*lines, f"dry run: nothing was written{seen}"]
     if proof is None:
         lines.append("proof: none was recorded (--no-proof)")
     number = len(plan.files) + len(plan.configs)
     return [
         *lines,
         f"wrote {out}: {count(number, 'file')}, {format_bytes(plan.num_bytes)}, {seconds:.1f} s",
-        f"next: retrofit verify {out}",
+        f"next: retrofit verify {shlex.quote(_as_path(out))}",
     ]
+
+
+def _as_path(out: Path) -> str:
+    """As an argument that no command takes for an option."""
+    return f"./{out}" if str(out).startswith("-") else str(out)
 
 
 def _describe_proof(entry: dict[str, Any], proof: dict[str, Any] | None) -> str:

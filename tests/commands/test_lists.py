@@ -8,9 +8,10 @@ import pytest
 import yaml
 
 from retrofit import doctor
+from retrofit.commands import options
 from retrofit.families import FAMILIES
 from retrofit.methods import METHODS
-from retrofit.recipe import Recipe, shipped_recipes
+from retrofit.recipe import Recipe, shipped_recipes, with_parameters
 
 COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}
 
@@ -31,6 +32,14 @@ def test_a_method_is_documented_with_every_setting(name, run_command):
     out = run_command("methods", name).out
     assert METHODS[name].summary in out
     assert all(field.name in out for field in fields)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_use_that_a_method_shows_is_taken(name, run_command):
+    (use,) = [line for line in run_command("methods", name).out.splitlines() if "use: " in line]
+    settings = use.split()[use.split().index(name) + 1 :]
+    values = options.read_settings([s for s in settings if s != "--set"])
+    assert with_parameters(METHODS[name](), values).name == name
 
 
 def test_a_misspelt_method_names_the_nearest(run_command):
