@@ -113,7 +113,12 @@ def run(
 
     [bold]Examples[/bold]
 
-    $ retrofit bench
+    $ retrofit bench --tokens 1024
+    operator                tokens   kept  dense ms    ms  speed    min to max  efficiency
+    block-sparse, keep 0.1    1024  0.125      6.57  1.44  4.53x  4.29 to 6.23        0.57
+    windows, half a side      1024  0.250      6.68  5.29  1.26x  1.23 to 1.30        0.32
+    ...
+
     $ retrofit bench --dtype bfloat16 --tokens 4096 --tokens 16384 --plot operators.png
     $ retrofit bench sd15/ -m window -m hidiffusion --size 512x512 --size 1024x1024
     $ retrofit bench minilm/ -m block-sparse --tokens 512 --json -o minilm.json
