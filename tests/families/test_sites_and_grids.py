@@ -14,7 +14,7 @@ from tests.families.recording import DenseConfig, Recorder, clear_notes, describ
 from tests.tiny_models import FAMILY_MODELS, make_picture_inputs, make_vit
 
 # what one forward must see at each site when `odd`; UNets are compared level by level below
-ODD_GRIDS = {
+ODD_GRIDS: dict[str, TokenGrid] = {
     "bert": TokenGrid(width=67),
     "bert-padded": TokenGrid(width=67),
     "minilm": TokenGrid(width=67),
@@ -61,6 +61,10 @@ def test_sites_are_numbered_in_order_of_execution(name):
             range(sum(site.kind == kind for site in network.sites))
         )
     assert len({(site.block, site.kind) for site in network.sites}) == len(network.sites)
+
+
+def test_every_model_has_a_grid_that_it_is_held_to():
+    assert FAMILY_MODELS.keys() == {*ODD_GRIDS, *UNETS}
 
 
 @pytest.mark.parametrize("name", ODD_GRIDS)
