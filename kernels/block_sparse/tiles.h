@@ -126,7 +126,8 @@ NOINLINE void raise_maxima(Tile *t, const vf *scores, float factor, int first, i
     for (int r = first; r < first + rows; r++, scores += NV) {
         vf best = vmax(scores[0], scores[1]);
         for (int v = 2; v < NV; v++) best = vmax(best, scores[v]);
-        float top = largest_lane(best);
+        float top = best[0];
+        for (int i = 1; i < VL; i++) top = best[i] > top ? best[i] : top;
         if (!(top > t->limits[r])) continue;
         float maximum = top * factor;
         float shrink = t->maxima[r] > -FLT_MAX ? exp2f(t->maxima[r] - maximum) : 0; /* else slow */

@@ -135,17 +135,6 @@ INLINE vf vmax(vf a, vf b) {
 #endif
 }
 
-/* The largest lane; a NaN may or may not win. */
-INLINE float largest_lane(vf x) {
-#if VECTOR_BYTES == 64
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float top = x[0];
-    for (int i = 1; i < VL; i++) top = x[i] > top ? x[i] : top;
-    return top;
-#endif
-}
-
 INLINE int any_lane(vi mask) {
 #if VECTOR_BYTES == 64
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
