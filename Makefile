@@ -22,7 +22,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	@touch $(READY)
 
-demo: $(READY) ## Patch a real checkpoint, compare it with the dense one, save it, undo it
+demo: $(READY) ## Patch a real checkpoint, compare it, save it, undo it; draw larger pictures
 	$(BIN)/python -m examples.demo
 
 test: lint types ## Lint, types and tests

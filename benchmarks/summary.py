@@ -1,6 +1,6 @@
 """A markdown table of what `benchmarks.quick --json` printed.
 
-python -m benchmarks.summary benchmarks/results/2026-11-21-busy/quick.jsonl
+python -m benchmarks.summary benchmarks/results/2026-11-21/quick.jsonl
 """
 
 from __future__ import annotations
