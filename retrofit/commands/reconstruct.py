@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrofit.commands import options
-from retrofit.commands.console import count, format_bytes, print_json, print_lines, result, say
+from retrofit.commands.console import (
+    count,
+    format_bytes,
+    print_json,
+    print_lines,
+    result,
+    say,
+    stages,
+)
 from retrofit.errors import InputError, suggest
 
 if TYPE_CHECKING:
@@ -170,7 +178,7 @@ def _reconstruct(
     from retrofit.reconstruct.writing import refuse_target, write_result
 
     refuse_target(out, files, source=reconstructor.checkpoint.root, force=force)
-    with _progress() as advance:
+    with stages() as advance:
         made = reconstructor.run(files, progress=advance)
         advance("writing", 0, 1)
         written = write_result(made, out, drop=drop, most=points, force=force)
@@ -200,36 +208,6 @@ def _open_views(images: list[str], every: int) -> Iterator[list[Path]]:
             )
         say(f"{videos[0]}: {count(len(files), 'view')}")
         yield files
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar with the time left on a terminal; elsewhere one line for each stage; on stderr."""
-    from rich import progress as bars
-    from rich.console import Console
-
-    console = Console(stderr=True)
-    columns = (
-        bars.TextColumn("{task.description}"),
-        bars.BarColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TimeRemainingColumn(),
-    )
-    stages: list[str] = []
-    with bars.Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as shown:
-        task = shown.add_task("")
-
-        def advance(what: str, done: int, total: int) -> None:
-            if what not in stages[-1:]:
-                stages.append(what)
-                shown.reset(task)
-                if not console.is_terminal:
-                    say(f"{what} ...")
-            shown.update(task, description=what, completed=done, total=total)
-
-        yield advance
 
 
 def _as_json(made: Result, out: Path, written: dict[str, Any]) -> dict[str, Any]:
