@@ -148,6 +148,21 @@ def _index_without_map(folder):
     (folder / f"{WEIGHTS}.index.json").write_text("[]")
 
 
+def _index_of_numbers(folder):
+    (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": {"a": 1}}')
+
+
+def _index_that_is_no_json(folder):
+    (folder / f"{WEIGHTS}.index.json").write_text('{"weight_map": ')
+
+
+def _index_without_metadata(folder):
+    shard = "model-00001-of-00001.safetensors"
+    (folder / WEIGHTS).rename(folder / shard)
+    index = {"weight_map": dict.fromkeys(read_header(folder / shard), shard)}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+
+
 BROKEN = {
     "header-cut": (_cut_header, "a header of"),
     "tensors-cut": (_cut_tensors, "where its header says"),
@@ -156,7 +171,10 @@ BROKEN = {
     "a-web-page": (_garble, "a header that can't be read"),
     "shard-missing": (_index_of_missing, "1 missing: model-00002-of-00002"),
     "shard-without-its-tensor": (_index_of_other_tensors, "without 1 of its tensors"),
-    "index-without-map": (_index_without_map, "expected a weight_map"),
+    "index-without-map": (_index_without_map, "expected a `weight_map` .*, got none"),
+    "index-of-numbers": (_index_of_numbers, "expected a `weight_map` from tensors to files"),
+    "index-no-json": (_index_that_is_no_json, "index.json: expected JSON: Expecting value"),
+    "index-without-metadata": (_index_without_metadata, 'Add "metadata": {} to it'),
     "no-weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no weights"),
     "odd-name": (lambda f: (f / WEIGHTS).rename(f / "odd.safetensors"), "or their index"),
 }
@@ -169,6 +187,15 @@ def test_broken_weights_are_found_without_reading_them(name, encoder, copy_of):
     breaking(folder)
     with pytest.raises(CheckpointError, match=message):
         check_weights(find_checkpoint(folder))
+
+
+def test_a_whole_file_goes_before_the_index_of_shards_as_in_the_libraries(encoder, copy_of):
+    folder = copy_of(encoder)
+    index = {"weight_map": dict.fromkeys(read_header(folder / WEIGHTS), WEIGHTS)}
+    (folder / f"{WEIGHTS}.index.json").write_text(json.dumps(index))
+    found = check_weights(find_checkpoint(folder))[""]
+    assert (found.files, found.index) == ((folder / WEIGHTS,), None)
+    assert load_networks(find_checkpoint(folder), [""], device="cpu") is not None
 
 
 def test_weights_that_lack_a_tensor_of_the_config_are_refused(encoder, copy_of):

@@ -51,14 +51,14 @@ def check_weights(
     """
     if checkpoint.file is not None:
         return dict.fromkeys(checkpoint.classes, check_file(checkpoint.file))
-    return {
-        name: check_folder(
-            checkpoint.weight_folder(name),
-            convert=conversion_command(checkpoint, library, class_name),
-        )
-        for name, (library, class_name) in checkpoint.classes.items()
-        if components is None or name in components
-    }
+    found: dict[str, Weights] = {}
+    for name, (library, class_name) in checkpoint.classes.items():
+        if components is None or name in components:
+            convert = conversion_command(checkpoint, library, class_name)
+            found[name] = check_folder(checkpoint.weight_folder(name), convert=convert)
+            if library != "retrofit":
+                found[name].require_metadata()
+    return found
 
 
 def build_networks(

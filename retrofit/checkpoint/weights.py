@@ -35,6 +35,7 @@ class Weights:
 
     Attributes:
         files: All that a loader reads.
+        index: What lists them, None for a single file.
         variant: The variant in their names (`fp16`), None for the plain ones.
         dtype: The floating dtype of most of their bytes, as torch names it.
     """
@@ -42,6 +43,19 @@ class Weights:
     files: tuple[Path, ...]
     variant: str | None
     dtype: str
+    index: Path | None = None
+
+    def require_metadata(self) -> None:
+        """Check that transformers and diffusers will take the index: they ask for `metadata`.
+
+        Raises:
+            CheckpointError: If it has none.
+        """
+        if self.index is not None and "metadata" not in _read_index(self.index):
+            raise CheckpointError(
+                f"{self.index}: expected `metadata` beside `weight_map`, got none, and no library "
+                f'opens it so. Add "metadata": {{}} to it, or fetch the checkpoint again.'
+            )
 
 
 def read_header(file: Path) -> dict[str, TensorInfo]:
@@ -132,13 +146,9 @@ def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
 
 
 def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:
-    try:
-        weight_map = json.loads(index.read_text())["weight_map"]
-        shards: dict[str, list[str]] = {}
-        for tensor, shard in weight_map.items():
-            shards.setdefault(shard, []).append(tensor)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(f"{index}: expected a weight_map, got {error!r}. {AGAIN}") from error
+    shards: dict[str, list[str]] = {}
+    for tensor, shard in _read_index(index)["weight_map"].items():
+        shards.setdefault(shard, []).append(tensor)
     missing = sorted(shard for shard in shards if shard not in headers)
     if missing:
         raise CheckpointError(
@@ -154,30 +164,44 @@ def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -
             )
 
 
+def _read_index(index: Path) -> dict[str, Any]:
+    try:
+        data = json.loads(index.read_text())
+    except ValueError as error:
+        raise CheckpointError(f"{index}: expected JSON: {error}. {AGAIN}") from error
+    shards = data.get("weight_map") if isinstance(data, dict) else None
+    if not isinstance(shards, dict) or not all(isinstance(name, str) for name in shards.values()):
+        raise CheckpointError(
+            f"{index}: expected a `weight_map` from tensors to files, got none. {AGAIN}"
+        )
+    return dict(data)
+
+
 def _choose_variant(
     folder: Path, headers: Mapping[str, Mapping[str, TensorInfo]], indices: list[Path]
 ) -> Weights:
     """The files that a loader takes: the plain ones where they are there, else a variant's."""
-    variants: dict[str | None, list[str]] = {}
+    variants: dict[str | None, tuple[list[str], Path | None]] = {}
     for base in BASES:
-        for index in indices:
-            if index.name.startswith(f"{base}.safetensors.index"):
-                middle = index.name.removeprefix(f"{base}.safetensors.index").removesuffix(".json")
-                shards = set(json.loads(index.read_text())["weight_map"].values())
-                variants.setdefault(middle.strip(".") or None, sorted(shards))
         for name in headers:
             if name.startswith(f"{base}.") and not SHARD.fullmatch(name):
                 middle = name.removeprefix(base).removesuffix(".safetensors").strip(".")
-                variants.setdefault(middle or None, [name])
+                variants.setdefault(middle or None, ([name], None))
+        for index in indices:
+            if index.name.startswith(f"{base}.safetensors.index"):
+                middle = index.name.removeprefix(f"{base}.safetensors.index").removesuffix(".json")
+                shards = sorted(set(_read_index(index)["weight_map"].values()))
+                variants.setdefault(middle.strip(".") or None, (shards, index))
     if not variants:
         raise CheckpointError(
             f"{folder}: expected {' or '.join(f'{base}.safetensors' for base in BASES)} or their "
             f"index, got {', '.join(sorted(headers)[:3])}. Give one such file itself, or rename it."
         )
     variant = None if None in variants else sorted(v for v in variants if v is not None)[0]
-    names = variants[variant]
+    names, chosen = variants[variant]
     return Weights(
         files=tuple(folder / name for name in names),
+        index=chosen,
         variant=variant,
         dtype=_main_dtype(headers[name] for name in names),
     )
