@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from retrofit.kernels._operator import define_derivative, define_operator, refuse_derivative
 from retrofit.kernels.block_sparse.backends import run_backend
 from retrofit.kernels.block_sparse.backward import attend_backward
 from retrofit.kernels.block_sparse.lists import BlockLists, count_blocks, mask_from_lists
@@ -32,8 +33,7 @@ def unpack_blocks(parts: list[Tensor]) -> Tensor | BlockLists:
     return parts[0] if len(parts) == 1 else BlockLists(*parts)
 
 
-@torch.library.custom_op("retrofit::block_sparse_attention", mutates_args=())
-def block_sparse_op(
+def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -65,8 +65,7 @@ def _no_lse(query: Tensor) -> Tensor:
     return query.new_empty(0, dtype=torch.promote_types(query.dtype, torch.float32))
 
 
-@block_sparse_op.register_fake
-def _(
+def _attend_fake(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -83,8 +82,10 @@ def _(
     return out, lse if with_lse else _no_lse(query)
 
 
-@torch.library.custom_op("retrofit::block_sparse_attention_backward", mutates_args=())
-def block_sparse_backward_op(
+block_sparse_op = define_operator(_attend, fake=_attend_fake, name="block_sparse_attention")
+
+
+def _differentiate(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -112,8 +113,7 @@ def block_sparse_backward_op(
         return attend_backward(grad_out, grad_lse, problem, unpack_blocks(blocks), out)
 
 
-@block_sparse_backward_op.register_fake
-def _(
+def _differentiate_fake(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     query: Tensor,
@@ -122,6 +122,11 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+block_sparse_backward_op = define_operator(
+    _differentiate, fake=_differentiate_fake, name="block_sparse_attention_backward"
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -147,7 +152,8 @@ def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any,
     return (*grads, [None] * len(blocks), *[None] * 7)
 
 
-block_sparse_op.register_autograd(_backward, setup_context=_save)
+define_derivative("block_sparse_attention", _backward, _save)
+refuse_derivative("block_sparse_attention_backward")
 
 
 def _count_pairs(

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from retrofit.kernels._operator import define_derivative, define_operator, refuse_derivative
+
 from .backends import run_backend
 from .pattern import Pattern
 from .tiled import work_dtype
 from .tiled_backward import tiled_backward
 
 
-@torch.library.custom_op("retrofit::grid_window", mutates_args=())
-def grid_window(
+def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -37,8 +38,7 @@ def grid_window(
     return out, q.new_empty(0, dtype=work_dtype(q)) if lse is None else lse
 
 
-@grid_window.register_fake
-def _(
+def _attend_fake(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -56,8 +56,10 @@ def _(
     return out, lse
 
 
-@torch.library.custom_op("retrofit::grid_window_backward", mutates_args=())
-def grid_window_backward(
+grid_window = define_operator(_attend, fake=_attend_fake, name="grid_window")
+
+
+def _differentiate(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -80,8 +82,7 @@ def grid_window_backward(
         )
 
 
-@grid_window_backward.register_fake
-def _(
+def _differentiate_fake(
     dout: Tensor,
     dlse: Tensor | None,
     q: Tensor,
@@ -90,6 +91,11 @@ def _(
     *rest: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+grid_window_backward = define_operator(
+    _differentiate, fake=_differentiate_fake, name="grid_window_backward"
+)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -106,7 +112,8 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | Non
     return (*grads, None, None, None, None, None, None, None)
 
 
-grid_window.register_autograd(_backward, setup_context=_save)
+define_derivative("grid_window", _backward, _save)
+refuse_derivative("grid_window_backward")
 
 
 @register_flop_formula(torch.ops.retrofit.grid_window)
