@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -13,9 +15,11 @@ import textwrap
 
 import pytest
 
-from retrofit.checkpoint import PARTIAL, saving, writing
+from retrofit.checkpoint import PARTIAL, find_checkpoint, saving, writing
 from retrofit.checkpoint.manifest import MANIFEST
+from retrofit.checkpoint.opening import load_networks, load_whole
 from retrofit.commands.options import read_settings
+from retrofit.errors import CheckpointError
 from tests import tiny_models
 from tests.checkpoint_fixtures import BLOCKS, contents, edit_manifest
 
@@ -270,6 +274,29 @@ def test_a_broken_checkpoint(breaking, message, refused, encoder, copy_of, tmp_p
     folder = copy_of(encoder)
     breaking(folder)
     assert message in refused(*_patch(folder, tmp_path / "out"))
+
+
+def _set_config(folder, **changes):
+    file = folder / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+
+
+def test_an_encoders_weights_that_do_not_fit_its_config(refused, encoder, copy_of, tmp_path):
+    folder = copy_of(encoder)
+    _set_config(folder, intermediate_size=80)
+    line = refused(*_patch(folder, tmp_path / "out"))
+    assert "encoder.layer.0.intermediate.dense.weight: expected shape [80, 48]" in line
+    assert re.search(r"got \[\d+, 48\] in its weights \(5 more, such as", line)
+    assert "fetch config and weights again" in line
+
+
+def test_weights_of_a_whole_pipeline_that_do_not_fit(pipeline, copy_of):
+    folder = copy_of(pipeline)
+    _set_config(folder / "unet", cross_attention_dim=56)
+    message = r"unet\..*attn2.to_k.weight: expected shape \[\d+, 56\] as its config says, got"
+    for load in (load_whole, functools.partial(load_networks, components=["unet"], device="cpu")):
+        with pytest.raises(CheckpointError, match=message):
+            load(find_checkpoint(folder))
 
 
 @pytest.mark.parametrize("breaking", [_cut, _pickle_only])

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint import Checkpoint
+from retrofit.checkpoint.fitting import describe_mismatch
 from retrofit.checkpoint.libraries import (
     LIBRARIES,
     class_of,
@@ -16,7 +18,7 @@ from retrofit.checkpoint.libraries import (
     torch_dtype,
 )
 from retrofit.checkpoint.weights import Weights, check_file, check_folder
-from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError, suggest
+from retrofit.errors import CheckpointError, InputError, NotFoundError, UnsupportedError, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -172,7 +174,7 @@ def load_whole(
 
     weights = check_weights(checkpoint)
     dtypes = {name: torch_dtype(dtype or found.dtype) for name, found in weights.items()}
-    with failing_as_checkpoint_error(checkpoint), quiet_libraries():
+    with _explaining_shapes(checkpoint, weights), quiet_libraries():
         if checkpoint.file is not None:
             pipeline_class = getattr(diffusers, str(checkpoint.pipeline_class))
             pipeline = pipeline_class.from_single_file(
@@ -191,6 +193,32 @@ def load_whole(
                 **{dtype_argument(): {"default": next(iter(dtypes.values()), None), **dtypes}},
             )
     return pipeline if device is None else pipeline.to(device)
+
+
+@contextmanager
+def _explaining_shapes(checkpoint: Checkpoint, weights: Mapping[str, Weights]) -> Iterator[None]:
+    """Say which tensor does not fit its config, where that is why a library can't load."""
+    try:
+        with failing_as_checkpoint_error(checkpoint):
+            yield
+    except CheckpointError as error:
+        for component, found in weights.items():
+            problem = None
+            with suppress(InputError):  # a network that can't be built is another problem
+                problem = describe_mismatch(_build_on_meta(checkpoint, component), found.files)
+            if problem is not None:
+                where = f"{checkpoint.name}: {component + '.' if component else ''}{problem}"
+                raise CheckpointError(
+                    f"{where}. They are of two models: fetch config and weights again, together."
+                ) from error
+        raise
+
+
+def _build_on_meta(checkpoint: Checkpoint, component: str) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return _build(checkpoint, component, trust_remote_code=False)
 
 
 def _build(checkpoint: Checkpoint, component: str, trust_remote_code: bool) -> Any:
@@ -226,7 +254,7 @@ def _load(
             config=checkpoint.config(component),
             dtype=None if dtype is None else as_dtype,
         )
-    with failing_as_checkpoint_error(checkpoint), quiet_libraries():
+    with _explaining_shapes(checkpoint, {component: weights}), quiet_libraries():
         if checkpoint.file is not None:
             config = str(checkpoint.config_folder(component))
             single = {"config": config, dtype_argument(): as_dtype}
