@@ -60,7 +60,7 @@ class StoppedError(RetrofitError):
 
 
 class NonFiniteError(RetrofitError):
-    """NaN or infinity came out of a patched model; the message names the site and the step."""
+    """NaN or infinity came out of a patched model; the message names the site and any step."""
 
 
 LISTED = 12  # names in an error message

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from retrofit.errors import InterceptionError, NonFiniteError, RetrofitError, UnsupportedError
+from retrofit.finite import is_finite
 from retrofit.grid import TokenGrid
 from retrofit.intercept import Forward, FunctionMode
 from retrofit.methods.base import Method
@@ -154,8 +155,8 @@ class AttendAtSite:
     def _observe(self, operator: Any, query: Tensor, key: Tensor, out: Tensor) -> None:
         if self.measure:
             self.counts.keep.append(operator.keep_fraction(query, key))
-        if self.check_finite and not bool(torch.isfinite(out).all()):
-            raise NonFiniteError(f"{self.where}: NaN or infinity {_at(self.state)}.")
+        if self.check_finite and not is_finite(out):
+            raise NonFiniteError(f"{self.where}: NaN or infinity{_at(self.state)}.")
 
 
 class GuardRoot:
@@ -209,7 +210,7 @@ class GuardRoot:
         self.busy = True
         try:
             out = inner(*args, **kwargs)
-            if not _is_finite(out):
+            if not is_finite(out):
                 self._blame(inner, args, kwargs)
         finally:
             self.busy = False
@@ -217,8 +218,8 @@ class GuardRoot:
 
     def _blame(self, inner: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run again, looking at every site, to name the first whose result is not finite."""
-        if not all(_is_finite(value) for value in (*args, *kwargs.values())):
-            raise NonFiniteError(f"{self.where}: got NaN or infinity as input {_at(self.state)}.")
+        if not all(is_finite(value) for value in (*args, *kwargs.values())):
+            raise NonFiniteError(f"{self.where}: got NaN or infinity as input{_at(self.state)}.")
         for site in self.sites:
             site.check_finite = True
         try:
@@ -227,7 +228,7 @@ class GuardRoot:
             for site in self.sites:
                 site.check_finite = False
         raise NonFiniteError(
-            f"{self.where}: NaN or infinity {_at(self.state)}, though every patched site is "
+            f"{self.where}: NaN or infinity{_at(self.state)}, though every patched site is "
             "finite: it arises elsewhere. Try float32 or bfloat16 instead of float16."
         )
 
@@ -244,19 +245,6 @@ def _same_dtype(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tens
     return query.to(dtype), key.to(dtype), value.to(dtype)
 
 
-def _is_finite(out: Any) -> bool:
-    """Whether the first floating tensor of an output is finite; true for anything without one."""
-    if isinstance(out, Tensor):
-        if not out.is_floating_point() or out.is_meta or not out.numel():
-            return True
-        extremes = torch.stack(torch.aminmax(out.detach()))  # NaN wins in both; one pass
-        return bool(torch.isfinite(extremes).all())
-    if isinstance(out, dict):
-        out = tuple(out.values())
-    if isinstance(out, (tuple, list)) and out:
-        return _is_finite(out[0])
-    return True
-
-
 def _at(state: RunState) -> str:
-    return "" if state.step is None else f"at step {state.step} of {state.num_steps}"
+    """Where a run stands; nothing for a network that has no steps."""
+    return "" if state.step is None else f" at step {state.step} of {state.num_steps}"

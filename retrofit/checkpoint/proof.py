@@ -18,6 +18,7 @@ from torch import Tensor
 
 from retrofit.errors import NonFiniteError, UnsupportedError
 from retrofit.families.examples import Examples, InputSize
+from retrofit.finite import find_nonfinite
 from retrofit.handlers import AttendAtSite
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.patching import Patch, patch
@@ -117,8 +118,9 @@ def _run_both(
     inputs = _make_inputs(network, size, seed)
     dense = _run(network, inputs)
     if not bool(torch.isfinite(dense).all()):
+        found = find_nonfinite(network.module, lambda: _run(network, inputs))
         raise NonFiniteError(
-            f"{network.where('')}: the dense model itself gives NaN in {_dtype(network)}. "
+            f"{network.where(found or '')}: the dense model itself gives NaN in {_dtype(network)}. "
             "Use --dtype float32 or bfloat16."
         )
     found = _run_patched(target, recipe, network, size, seed)
@@ -151,7 +153,8 @@ def _run_patched(
             return None
         with torch.random.fork_rng(devices=[]), handle.measuring():
             torch.manual_seed(seed)
-            handle.at_step(0, STEPS)
+            if network.family.denoises:
+                handle.at_step(0, STEPS)
             out = _run(network, inputs)
         return _own_sites(handle, network), out
 

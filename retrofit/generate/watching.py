@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from retrofit.errors import NonFiniteError
+from retrofit.finite import find_nonfinite, is_finite
 
 AGAIN = 3  # dense calls at the end, at most
 DTYPES = "Try --dtype float32 or bfloat16 instead of float16."
@@ -102,22 +103,20 @@ class Watch:
     def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
         _finish(args, kwargs)
         self.seconds.append(time.perf_counter() - self._started)
-        result = _first_tensor(output)
-        if result is not None and not bool(torch.isfinite(result).all()):
+        if not is_finite(output):
             self._blame(args, kwargs)
 
     def _blame(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run once more to name the first module whose result is not finite."""
         where = f"at step {self.step} of {self.num_steps}"
-        if not all(map(_is_finite, (*args, *kwargs.values()))):
+        if not all(map(is_finite, (*args, *kwargs.values()))):
             raise NonFiniteError(
                 f"{self.name}: got NaN or infinity as input {where}: the step before or the text "
                 f"encoder overflowed. {DTYPES}"
             )
-        found: list[str] = []
-        with self._paused(), _noting_nonfinite(self.network, found):
-            self.network(*args, **kwargs)
-        site = ".".join((self.name, found[0])) if found and found[0] else self.name
+        with self._paused():
+            found = find_nonfinite(self.network, lambda: self.network(*args, **kwargs))
+        site = f"{self.name}.{found}" if found else self.name
         raise NonFiniteError(f"{site}: NaN or infinity {where}. {DTYPES}")
 
     @contextmanager
@@ -150,41 +149,6 @@ def watch_denoiser(pipeline: Any) -> Watch:
     """A watch on the network that a pipeline calls at every step."""
     name = "transformer" if getattr(pipeline, "transformer", None) is not None else "unet"
     return Watch(network=getattr(pipeline, name), name=name)
-
-
-@contextmanager
-def _noting_nonfinite(network: nn.Module, found: list[str]) -> Iterator[None]:
-    """Paths of modules with a result that is not finite, innermost and earliest first."""
-
-    def note(path: str, output: Any) -> None:
-        result = _first_tensor(output)
-        if result is not None and not bool(torch.isfinite(result).all()):
-            found.append(path)
-
-    handles = [
-        module.register_forward_hook(lambda _, __, output, path=path: note(path, output))
-        for path, module in network.named_modules()
-    ]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-def _first_tensor(value: Any) -> Tensor | None:
-    """The first floating tensor of an output."""
-    if isinstance(value, Tensor):
-        return value if value.is_floating_point() else None
-    if isinstance(value, Mapping):
-        value = tuple(value.values())
-    if isinstance(value, (tuple, list)) and value:
-        return _first_tensor(value[0])
-    return None
-
-
-def _is_finite(value: Any) -> bool:
-    return not isinstance(value, Tensor) or bool(torch.isfinite(value).all())
 
 
 def _finish(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 
 import pytest
 import yaml
+from safetensors.torch import load_file, save_file
 
 from retrofit.checkpoint.manifest import MANIFEST, Manifest
 from retrofit.recipe import Recipe
@@ -23,6 +25,24 @@ def test_patch_says_what_it_did_and_what_comes_next(encoder, tmp_path, run_comma
     assert "proof: 2 sparse sites keep 0." in answer.out
     assert f"wrote {out}: {len(contents(encoder))} files" in answer.out
     assert answer.out.rstrip().endswith(f"next: retrofit verify {out}")
+
+
+@pytest.mark.parametrize("weight", ["attention.self.value", "output.dense"])
+def test_nan_in_an_encoder_names_the_place_and_no_step(
+    weight, encoder, copy_of, tmp_path, run_command
+):
+    folder = copy_of(encoder)
+    tensors = load_file(folder / "model.safetensors")
+    tensors[f"encoder.layer.1.{weight}.weight"][0, 0] = math.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    answer = run_command("patch", folder, *BLOCKS, "-o", tmp_path / "out")
+    assert answer.code == 1
+    assert " step" not in answer.err
+    (line,) = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    site = "encoder.layer.1.attention.self: NaN or infinity."
+    elsewhere = "BertModel: NaN or infinity, though every patched site is finite"
+    assert (site if "value" in weight else elsewhere) in line
+    assert not (tmp_path / "out").exists()
 
 
 def test_patch_prints_one_json_object(encoder, tmp_path, run_command):
