@@ -22,9 +22,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before a library looks at it
 
 from examples.demo.long_attention import SHAPE, LongCall, time_long_call
 from examples.demo.minilm import compare_minilm, find_minilm
-from examples.demo.pictures import RECIPE, Row, draw_sheet, make_rows
+from examples.demo.pictures import RECIPE, make_rows
 from examples.demo.round_trip import PATCHED, RESTORED, run_round_trip
 from retrofit.commands.console import print_table
+from retrofit.compare.pictures import PictureRow, draw_sheet
+from retrofit.compare.pictures import table as picture_table
 from retrofit.compare.report import plot, table, to_dict, verdict
 from retrofit.compare.result import Comparison
 from retrofit.errors import RetrofitError
@@ -107,16 +109,17 @@ def show_long_call(call: LongCall) -> None:
     print_table(["keep", "dense, ms", "block-sparse, ms", "speed, dense = 1"], [row])
 
 
-def show_pictures(rows: list[Row], folder: Path) -> None:
-    """Print the time of each row, and write the pictures, each with its recipe, and a sheet."""
-    print_table(["", "seconds a picture"], [[row.name, f"{row.seconds:.1f}"] for row in rows])
+def show_pictures(rows: tuple[PictureRow, ...], folder: Path) -> None:
+    """Print what each row took and shows; write the pictures, with their recipes, and a sheet."""
+    print_table(*picture_table(rows))
     draw_sheet(rows, folder / "pictures.png")
     for row in rows[1:]:
         for picture in row.pictures:
-            name = f"{picture.prompt} {row.name.split()[-1]}".replace(" ", "-")
+            name = f"{picture.prompt} {row.name}".replace(" ", "-")
             picture.save(folder / f"{name}.png")
-    dense, patched = (row.seconds for row in rows[1:])
-    say(f"   hidiffusion with the recipe {RECIPE} took {patched / dense:.0%} of the time.")
+    speed = rows[-1].speed
+    if speed is not None:
+        say(f"   hidiffusion with the recipe {RECIPE} took {1 / speed.median:.0%} of the time.")
 
 
 def show_what_is_where(folder: Path) -> None:

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import outlines
+from draw import SHAPES
 from numpy.typing import NDArray
 from outlines import Array, Mask, bounding_box, components, distance_to_background, holes
 from PIL import Image, UnidentifiedImageError
@@ -84,6 +85,15 @@ def judge(picture: NDArray[np.uint8]) -> dict[str, Any]:
         "shape": largest.shape if largest else None,
         "color": largest.color if largest else None,
     }
+
+
+def score(picture: NDArray[np.uint8], prompt: str) -> dict[str, float]:
+    """Return 1 or 0 for: one object, of the colour the prompt names too, of its shape too."""
+    found, words = judge(picture), prompt.split()
+    one = found["objects"] == 1
+    color = one and found["color"] == next((word for word in words if word in HUES), None)
+    shape = color and found["shape"] == next((word for word in words if word in SHAPES), None)
+    return {"one object": one, "right colour": color, "right shape": shape}
 
 
 def _working_copy(picture: NDArray[np.uint8]) -> Array:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import time
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,8 @@ from check import judge
 from diffusers import StableDiffusionPipeline
 from draw import COLORS, SHAPES, TEXTURES, TONES, contact_sheet
 from networks import SIZE
+
+from retrofit.compare.pictures import wilson_interval
 
 HERE = Path(__file__).parent
 
@@ -41,14 +42,6 @@ def fixed_prompts(count: int = 64) -> list[dict[str, str]]:
             prompt += f" on a {look} background"
         found.append({"prompt": prompt, "shape": shape, "color": color})
     return found
-
-
-def interval(right: int, count: int) -> tuple[float, float]:
-    """Return Wilson's 95% interval of a rate."""
-    z = 1.96
-    middle = (right + z * z / 2) / (count + z * z)
-    half = z / (count + z * z) * math.sqrt(right * (count - right) / count + z * z / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
 
 
 def generate(
@@ -104,7 +97,7 @@ def row(result: dict[str, Any]) -> str:
     """Return one line of the table."""
     cells = [f"{result['size']}x{result['size']}"]
     for key in ("one", "color", "right"):
-        low, high = interval(result[key], result["count"])
+        low, high = wilson_interval(result[key], result["count"])
         rate = f"{result[key]}/{result['count']} ({low:.0%} to {high:.0%})"
         cells.append(rate)
     return f"| {' | '.join(cells)} | {result['seconds']:.1f} |"

@@ -21,10 +21,11 @@ import torch
 import yaml
 from check import judge
 from diffusers import StableDiffusionPipeline
-from evaluate import HERE, fixed_prompts, interval
+from evaluate import HERE, fixed_prompts
 from PIL import Image, ImageDraw
 
 import retrofit
+from retrofit.compare.pictures import wilson_interval
 
 SETUPS: dict[str, dict[str, Any] | None] = {
     "unpatched": None,
@@ -152,7 +153,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for (size, label), group in group_rows(rows).items():
         cells = [size, label]
         for counts in zip(*map(grade, group), strict=True):
-            low, high = interval(sum(counts), len(group))
+            low, high = wilson_interval(sum(counts), len(group))
             cells.append(f"{sum(counts)}/{len(group)} ({low:.0%} to {high:.0%})")
         seconds = [row["cpu_seconds"] for row in group if "cpu_seconds" in row]
         cells.append(f"{np.median(seconds):.1f}" if seconds else "")

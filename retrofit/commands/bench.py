@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrofit.commands import options
-from retrofit.commands.compare import read_variants, refuse_plot
+from retrofit.commands.compare import PLOTS, read_variants, refuse_picture
 from retrofit.commands.console import (
     count,
     print_json,
@@ -132,7 +132,7 @@ def run(
         options.require_positive("tokens", number)
     options.require_positive("rounds", rounds)
     options.require_positive("frames", frames)
-    refuse_plot(plot)
+    refuse_picture("--plot", plot, PLOTS)
     _refuse_out(out)
     if model is None:
         _refuse_model_options(method, recipe, settings, sites, component, size, frames)

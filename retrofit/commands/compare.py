@@ -9,14 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from retrofit.commands import compare_pictures as pictures
 from retrofit.commands import options
 from retrofit.commands.console import count, print_json, print_lines, print_table, result, stages
 
 if TYPE_CHECKING:
     from retrofit.compare.checkpoints import Variant
+    from retrofit.compare.pictures import PictureRow
     from retrofit.compare.result import Comparison
 
 INPUTS = "What it runs on"
+PLOTS = (".png", ".svg", ".pdf")  # endings
 
 
 def run(
@@ -94,6 +97,12 @@ def run(
             rich_help_panel=options.WHERE,
         ),
     ] = False,
+    prompt_file: pictures.PromptFile = None,
+    num_pictures: pictures.NumPictures = None,
+    steps: pictures.Steps = None,
+    eta: pictures.Eta = None,
+    judge: pictures.JudgeFile = None,
+    sheet: pictures.Sheet = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
@@ -107,7 +116,8 @@ def run(
 
     Dense and patched run on the same seeded inputs, interleaved: documents for text encoders,
     pictures for vision models, latents over a short schedule for diffusion models. A patched
-    checkpoint is compared with its own patch. Nothing is written but the plot.
+    checkpoint is compared with its own patch. With --prompt-file a text-to-image pipeline also
+    draws whole pictures. Nothing is written but plot and sheet.
 
     [bold]Examples[/bold]
 
@@ -119,6 +129,7 @@ def run(
     $ retrofit compare minilm-sparse/ --inputs my-texts/ --plot compare.png
     $ retrofit compare sd15/ -m hidiffusion --size 1024x1024 --rounds 1
     $ retrofit compare minilm/ -m window --set keep=0.5 --set keep=0.25
+    $ retrofit compare shapes -m hidiffusion --size 256x256 --prompt-file my.txt --sheet sheet.png
 
     [bold]In Python[/bold]
 
@@ -130,7 +141,9 @@ def run(
     for name, value in {"num-inputs": num_inputs, "frames": frames, "tokens": tokens}.items():
         options.require_positive(name, value)
     options.require_positive("rounds", rounds)
-    refuse_plot(plot)
+    options.require_positive("pictures", num_pictures)
+    refuse_picture("--plot", plot, PLOTS)
+    refuse_picture("--sheet", sheet, (".png",))
 
     from retrofit.checkpoint.loading import pick_device
     from retrofit.compare.checkpoints import Where, compare_checkpoint
@@ -145,6 +158,10 @@ def run(
         config=config,
         trust_remote_code=trust_remote_code,
     )
+    given = {"width": width, "height": height, "steps": steps, "eta": eta, "seed": seed}
+    given |= {"device": device, "dtype": dtype, "config": config or None}
+    given["trust_remote_code"] = trust_remote_code
+    plan = pictures.plan_pictures(model, prompt_file, num_pictures, judge, sheet, given)
     asked = AskedSize(width=width, height=height, frames=frames, tokens=tokens)
     choice = InputChoice(files=tuple(inputs or ()), count=num_inputs, asked=asked, seed=seed)
     with stages() as advance:
@@ -157,12 +174,17 @@ def run(
             memory=not no_memory,
             progress=advance,
         )
+        drawn: tuple[PictureRow, ...] = ()
+        if plan is not None:
+            recipes = {row.name: row.recipe for row in comparison.variants if row.recipe}
+            drawn = plan.draw(recipes, advance)
     if plot is not None:
         draw(comparison, plot, Path(model).name)
     if json:
-        print_json(_as_json(comparison, plot))
+        print_json({**_as_json(comparison, plot), **pictures.pictures_json(drawn, sheet)})
         return
     _print(comparison, plot)
+    pictures.print_pictures(drawn, sheet)
 
 
 def read_variants(
@@ -191,20 +213,21 @@ def _combine(settings: list[str] | None) -> Iterator[tuple[list[str], dict[str, 
         yield words, {name: value for name, (_, value) in zip(choices, chosen, strict=True)}
 
 
-def refuse_plot(plot: Path | None) -> None:
-    """Find out before an hour of measuring that the picture can't be written.
+def refuse_picture(option: str, file: Path | None, endings: tuple[str, ...]) -> None:
+    """Find out before an hour of measuring that a picture can't be written.
 
     Raises:
         InputError: If its folder does not exist or its ending is of no picture.
     """
     from retrofit.errors import InputError
 
-    if plot is None:
+    if file is None:
         return
-    if plot.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot {plot}: expected a name ending in .png, .svg or .pdf.")
-    if not plot.absolute().parent.is_dir():
-        raise InputError(f"--plot {plot}: its folder does not exist. Make it first.")
+    if file.suffix.lower() not in endings:
+        words = " or ".join(filter(None, [", ".join(endings[:-1]), endings[-1]]))
+        raise InputError(f"{option} {file}: expected a name ending in {words}.")
+    if not file.absolute().parent.is_dir():
+        raise InputError(f"{option} {file}: its folder does not exist. Make it first.")
 
 
 def _as_json(comparison: Comparison, plot: Path | None) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def test_pictures_come_at_the_training_size_and_twice_that(
     assert read_record(tmp_path / "a-red-star-hidiffusion.png")["request"]["steps"] == 2
     assert {file.name for file in tmp_path.iterdir()} == {
         "pictures.png",
-        "a-red-star-unpatched.png",
+        "a-red-star-dense.png",
         "a-red-star-hidiffusion.png",
     }
-    assert "256x256 unpatched" in capsys.readouterr().out
+    assert "one object" in capsys.readouterr().out

@@ -54,3 +54,12 @@ def test_work_is_counted_without_running_anything() -> None:
     halved, windows = (kind["teraflops"] for kind in result["patched"])
     assert halved < windows < result["dense"]["teraflops"]
     assert 0.1 < result["saved"] < 0.9
+
+
+def test_the_prompts_in_the_file_are_those_of_the_measurements(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    code = "import evaluate; print(*(p['prompt'] for p in evaluate.fixed_prompts()), sep='\\n')"
+    monkeypatch.setenv("PYTHONPATH", str(FOLDER))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (FOLDER / "prompts.txt").read_text() == done.stdout
