@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from typing import Any, Literal
 from retrofit.checkpoint import Checkpoint, find_checkpoint
 from retrofit.checkpoint.manifest import MANIFEST, RESTORE, Manifest
 from retrofit.checkpoint.writing import hash_file, list_files
+from retrofit.child_process import run_child
 from retrofit.errors import CheckpointError, RetrofitError, VerificationError
 
 MEANINGFUL = (".safetensors", ".json")  # an added file of these kinds can change what is loaded
@@ -126,9 +126,7 @@ def _repeat(
         "dtype": dtype,
         "trust_remote_code": trust_remote_code,
     }
-    # -P: a folder called `retrofit` or `json` where the user stands must not be imported
-    command = [sys.executable, "-P", "-m", "retrofit.checkpoint.verifying"]
-    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True)
+    done = run_child("retrofit.checkpoint.verifying", [json.dumps(request)])
     try:
         answer = json.loads(done.stdout.strip().splitlines()[-1])
     except (ValueError, IndexError) as error:
@@ -168,9 +166,9 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Read a request from stdin, answer with one line of JSON."""
+    """Take a request as the argument, answer with one line of JSON."""
     try:
-        answer = _answer(json.load(sys.stdin))
+        answer = _answer(json.loads(sys.argv[1]))
     except RetrofitError as error:
         answer = {"error": " ".join(str(error).split())}
     sys.stdout.write(json.dumps(answer) + "\n")
