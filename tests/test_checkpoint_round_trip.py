@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import os
 import pickle
 
 import pytest
@@ -13,7 +14,7 @@ from diffusers import DiffusionPipeline, EulerDiscreteScheduler, UNet2DCondition
 from transformers import AutoModel, BertModel
 
 import retrofit
-from retrofit.checkpoint import find_checkpoint
+from retrofit.checkpoint import find_checkpoint, fingerprint
 from retrofit.checkpoint.manifest import MANIFEST, Manifest
 from retrofit.checkpoint.proof import compare_proofs, is_identical, make_proof, repeat_proof
 from retrofit.checkpoint.saving import plan_patch, write_patched
@@ -211,6 +212,27 @@ def test_load_refuses_the_record_beside_other_weights(patched, copy_of, tmp_path
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
     with pytest.raises(VerificationError, match="does not belong to it"):
         retrofit.load(folder)
+
+
+def test_load_finds_an_edit_that_no_sample_sees(encoder, tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprint, "SAMPLE", 64)  # as in a file of gigabytes
+    model = AutoModel.from_pretrained(encoder)
+    retrofit.patch(model, "block-sparse", **SETTINGS)
+    folder = retrofit.save(model, tmp_path / "out", proof=False)
+    weights = folder / "model.safetensors"
+    before = fingerprint.sample_file(weights)
+    retrofit.load(folder)
+    flip_byte(weights, weights.stat().st_size // 2 + 500)
+    assert fingerprint.sample_file(weights) == before
+    os.utime(weights, ns=(0, (folder / MANIFEST).stat().st_mtime_ns + 1))
+    with pytest.raises(VerificationError, match="not the file that was patched"):
+        retrofit.load(folder)
+
+
+def test_a_download_whose_files_are_newer_than_its_record_loads(patched, copy_of):
+    folder = copy_of(patched)
+    os.utime(folder / MANIFEST, ns=(0, 1))
+    assert retrofit.patch_of(retrofit.load(folder)).report.patched
 
 
 def test_load_refuses_a_model_that_lies_otherwise_now(patched, copy_of):

@@ -26,8 +26,9 @@ def load(
 ) -> Any:
     """Load a patched checkpoint: the model or pipeline of its library, with the patch in it.
 
-    Sizes and samples of every file are compared with the record, which takes milliseconds;
-    `retrofit verify` compares every byte.
+    Sizes and samples of every file are compared with the record, which takes milliseconds, and
+    every byte of files that are newer than it: edited since patching, or downloaded.
+    `retrofit verify` compares every byte of all.
 
     Args:
         folder: What `retrofit patch` or `save` wrote, or its hub id.

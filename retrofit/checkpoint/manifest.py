@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from platform import python_version
 from typing import TYPE_CHECKING, Any
 
+from retrofit.checkpoint.fingerprint import FileRecord
 from retrofit.errors import CheckpointError, VerificationError
 
 if TYPE_CHECKING:
@@ -19,24 +20,6 @@ if TYPE_CHECKING:
 
 MANIFEST = "retrofit.json"
 SCHEMA = 1
-CHUNK = 1 << 20
-SAMPLE = 1 << 16
-SAMPLES = 16
-
-
-@dataclass(frozen=True, kw_only=True)
-class FileRecord:
-    """Fingerprint of a file.
-
-    Attributes:
-        size: Bytes.
-        sha256: Of all of it.
-        sample: sha256 of pieces spread over it, which a load can afford to check.
-    """
-
-    size: int
-    sha256: str
-    sample: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +117,22 @@ class Manifest:
             os.fsync(stream.fileno())
 
     def check_files(self, folder: Path) -> None:
-        """Compare size and samples of every file, which takes milliseconds.
+        """Compare every file with its record, as far as a load can afford it.
+
+        The record is the last that a patch writes. A file that is newer, because it was edited
+        here or downloaded, is read whole; of the others sizes and samples are compared.
 
         Raises:
             VerificationError: If a file is missing or another one than was recorded.
         """
+        written = folder / MANIFEST
+        # a source that `unpatch` wrote has no record beside it
+        written_before = written.stat().st_mtime_ns if written.is_file() else 0
         for path, record in {**self.files, **self.configs}.items():
             file = folder / path
             if not file.is_file():
                 raise VerificationError(f"{file}: missing, though {MANIFEST} lists it. {RESTORE}")
-            if file.stat().st_size != record.size or sample_file(file) != record.sample:
+            if not record.matches(file, written_before=written_before):
                 raise VerificationError(
                     f"{file}: not the file that was patched, so {MANIFEST} does not belong to it. "
                     f"{RESTORE}"
@@ -191,17 +180,6 @@ def current_versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             continue
     return found
-
-
-def sample_file(file: Path) -> str:
-    """sha256 of a file's size and of pieces spread evenly over it, its ends included."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
-        for i in range(SAMPLES):
-            stream.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
-            digest.update(stream.read(SAMPLE))
-    return digest.hexdigest()
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoint import CONFIG_FOLDER, Checkpoint, find_checkpoint
+from retrofit.checkpoint.fingerprint import FileRecord
 from retrofit.checkpoint.manifest import (
     MANIFEST,
     RESTORE,
-    FileRecord,
     Manifest,
     current_versions,
     describe_patch,

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrofit.checkpoint import Checkpoint, find_checkpoint
+from retrofit.checkpoint.fingerprint import hash_file
 from retrofit.checkpoint.manifest import MANIFEST, RESTORE, Manifest
-from retrofit.checkpoint.writing import hash_file, list_files
+from retrofit.checkpoint.writing import list_files
 from retrofit.child_process import run_child
 from retrofit.errors import CheckpointError, RetrofitError, VerificationError
 

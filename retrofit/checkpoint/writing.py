@@ -18,7 +18,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from retrofit.checkpoint import PARTIAL
-from retrofit.checkpoint.manifest import CHUNK, MANIFEST, FileRecord, sample_file
+from retrofit.checkpoint.fingerprint import CHUNK, FileRecord, hash_file, sample_file
+from retrofit.checkpoint.manifest import MANIFEST
 from retrofit.errors import InputError, RetrofitError
 from retrofit.interrupts import raise_if_interrupted, shielded
 
@@ -190,16 +191,6 @@ def copy_file(source: Path, target: Path, *, link: bool, advance: Advance) -> Fi
     else:
         sha256 = _copy_and_hash(source, target, advance)
     return FileRecord(size=target.stat().st_size, sha256=sha256, sample=sample_file(target))
-
-
-def hash_file(file: Path, advance: Advance) -> str:
-    """sha256 of a file."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            digest.update(chunk)
-            advance(len(chunk))
-    return digest.hexdigest()
 
 
 def _copy_and_hash(source: Path, target: Path, advance: Advance) -> str:

@@ -16,7 +16,8 @@ def run(
     r"""Check every byte of a patched checkpoint and repeat its proof in a fresh process.
 
     Exit code 1 when a file, the record or the output is not what was recorded. Without a recorded
-    proof only the files are checked, and it says so.
+    proof only the files are checked, and it says so. A load compares less: sizes and samples, and
+    every byte only of files that are newer than retrofit.json.
 
     [bold]Examples[/bold]
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from retrofit.checkpoint import Checkpoint
+from retrofit.checkpoint.fingerprint import sample_file
 from retrofit.checkpoint.libraries import quiet_libraries
 from retrofit.checkpoint.loading import load, patch_of, pick_device
-from retrofit.checkpoint.manifest import sample_file
 from retrofit.checkpoint.opening import build_networks, check_weights, load_whole
 from retrofit.errors import UnsupportedError, suggest
 from retrofit.generate.adapters import (

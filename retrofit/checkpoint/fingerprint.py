@@ -1,0 +1,63 @@
+"""Fingerprints of files: all of their bytes, or samples that a load can afford."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+CHUNK = 1 << 20
+SAMPLE = 1 << 16
+SAMPLES = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileRecord:
+    """Fingerprint of a file.
+
+    Attributes:
+        size: Bytes.
+        sha256: Of all of it.
+        sample: sha256 of pieces spread over it, which a load can afford to check.
+    """
+
+    size: int
+    sha256: str
+    sample: str
+
+    def matches(self, file: Path, *, written_before: int) -> bool:
+        """Whether a file is the one recorded.
+
+        Size and samples tell, in milliseconds; a file that was written to after the record was is
+        read whole, which takes about a second a gigabyte.
+
+        Args:
+            file: What to look at.
+            written_before: When the record was written, in nanoseconds.
+        """
+        found = file.stat()
+        if found.st_size != self.size or sample_file(file) != self.sample:
+            return False
+        return found.st_mtime_ns <= written_before or hash_file(file) == self.sha256
+
+
+def sample_file(file: Path) -> str:
+    """sha256 of a file's size and of pieces spread evenly over it, its ends included."""
+    size = file.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with file.open("rb") as stream:
+        for i in range(SAMPLES):
+            stream.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
+            digest.update(stream.read(SAMPLE))
+    return digest.hexdigest()
+
+
+def hash_file(file: Path, advance: Callable[[int], object] = lambda amount: None) -> str:
+    """sha256 of a file; `advance` is told of every number of bytes read."""
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            digest.update(chunk)
+            advance(len(chunk))
+    return digest.hexdigest()
