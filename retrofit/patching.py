@@ -75,6 +75,12 @@ class Patch:
         self._modules: list[nn.Module] = []
         self._contexts: list[nn.Module] = []
 
+    def __repr__(self) -> str:
+        """`<Patch block-sparse: patched 6 of 6 attention sites of BertModel>`."""
+        models = ", ".join(type(network.module).__name__ for network, _ in self.networks)
+        removed = "" if self._modules else ", removed"
+        return f"<Patch {self.report} of {models or 'nothing'}{removed}>"
+
     def at_step(self, step: int, num_steps: int, branch: str = "cond") -> None:
         """Say where a run stands, when no pipeline's scheduler says it.
 

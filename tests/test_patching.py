@@ -460,6 +460,16 @@ def test_importing_retrofit_changes_nothing_and_loads_no_framework():
     assert out.stdout.strip() == "[]"
 
 
+def test_a_handle_shows_its_method_sites_and_model():
+    model = make_bert()
+    patch = retrofit.patch(model, "window", sites="encoder.layer.0.*")
+    shown = f"window: patched 1 of {len(model.encoder.layer)} attention sites of BertModel"
+    assert repr(patch) == f"<Patch {shown}>"
+    assert repr(retrofit.patch_of(model)) == repr(patch)
+    patch.remove()
+    assert repr(patch) == f"<Patch {shown}, removed>"
+
+
 def test_the_report_counts_every_site_once():
     model = make_sdxl_unet()
     patch = retrofit.patch(model, "hidiffusion")
