@@ -358,6 +358,14 @@ def test_force_replaces_only_what_patch_wrote(
     assert run_command(*_patch(encoder, again, "--force", "--no-proof")).code == 0
 
 
+@pytest.mark.parametrize("more", ["out", "deeper/out"])
+def test_an_output_below_a_file(more, refused, encoder, tmp_path):
+    (tmp_path / "afile").write_text("kept")
+    line = refused(*_patch(encoder, tmp_path / "afile" / more))
+    assert f"{tmp_path / 'afile'} is a file" in line
+    assert "read-only" not in line
+
+
 def test_an_output_inside_the_checkpoint(refused, encoder, copy_of):
     folder = copy_of(encoder)
     assert "inside the checkpoint" in refused(*_patch(folder, folder / "out"))

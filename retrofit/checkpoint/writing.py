@@ -74,7 +74,9 @@ def refuse_output(
                 f"{out}: --force replaces only an earlier result, and this is none ({error}) "
                 "Give another folder, or delete it yourself."
             ) from error
-    parent = next(folder for folder in target.parents if folder.exists())
+    parent = next(folder for folder in target.parents if os.path.lexists(folder))
+    if not parent.is_dir():
+        raise InputError(f"{out}: {parent} is a file. Give a folder that is in another place.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{out}: {parent} is read-only. Give a folder that you may write to.")
 
