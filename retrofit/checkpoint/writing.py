@@ -60,25 +60,30 @@ def refuse_output(
     if out.is_dir() and any(out.iterdir()):
         if not force:
             raise InputError(f"{out}: exists. Give another folder, or replace it with --force.")
-        present = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
-        foreign = sorted(path for path in present if path not in names | {MANIFEST})
-        if foreign:
-            raise InputError(
-                f"{out}: --force replaces only an earlier result, but it holds {foreign[0]}. "
-                "Give another folder."
-            )
-        try:
-            check_earlier(out)
-        except RetrofitError as error:
-            raise InputError(
-                f"{out}: --force replaces only an earlier result, and this is none ({error}) "
-                "Give another folder, or delete it yourself."
-            ) from error
+        _refuse_foreign(out, names, check_earlier)
     parent = next(folder for folder in target.parents if os.path.lexists(folder))
     if not parent.is_dir():
         raise InputError(f"{out}: {parent} is a file. Give a folder that is in another place.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise InputError(f"{out}: {parent} is read-only. Give a folder that you may write to.")
+
+
+def _refuse_foreign(out: Path, names: set[str], check_earlier: Callable[[Path], object]) -> None:
+    """Refuse to replace what is not an earlier result."""
+    present = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
+    foreign = sorted(path for path in present if path not in names | {MANIFEST})
+    if foreign:
+        raise InputError(
+            f"{out}: --force replaces only an earlier result, but it holds {foreign[0]}. "
+            "Give another folder."
+        )
+    try:
+        check_earlier(out)
+    except RetrofitError as error:
+        raise InputError(
+            f"{out}: --force replaces only an earlier result, and this is none ({error}) "
+            "Give another folder, or delete it yourself."
+        ) from error
 
 
 def refuse_full_disk(out: Path, needed: int) -> None:
