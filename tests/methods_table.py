@@ -53,6 +53,10 @@ class Row:
         models: Names in `FAMILY_MODELS` that it fits.
         grids: Grids that its operator is tried on, none of which its sizes divide.
         seen: The masks whose attention the operator averages.
+        takes_mask: Whether it honours an attention mask; else it refuses one.
+        takes_causal: Whether it honours `is_causal` on a plain sequence; else it refuses.
+        chooses: Whether the keys seen depend on what is attended to, its scale and its mask.
+        is_rowwise: Whether a row of a batch is treated as it is alone.
     """
 
     config: Method
@@ -60,6 +64,10 @@ class Row:
     models: tuple[str, ...]
     grids: tuple[TokenGrid, ...]
     seen: Seen
+    takes_mask: bool = True
+    takes_causal: bool = True
+    chooses: bool = False
+    is_rowwise: bool = True
 
 
 SENTENCE = TokenGrid(width=67)
@@ -297,6 +305,8 @@ TABLE: dict[str, Row] = {
         models=(*TEXT, *PICTURE, *VIDEO, *UNETS),
         grids=ANY,
         seen=_blocks(),
+        takes_causal=False,
+        chooses=True,
     ),
     "block-sparse-mass": Row(
         config=BlockSparseConfig(keep=0.25, mass=0.6, block_size=(6, 5), pooling="max"),
@@ -304,6 +314,8 @@ TABLE: dict[str, Row] = {
         models=("bert-padded", "vit", "wan-t2v"),
         grids=ANY,
         seen=_blocks(),
+        takes_causal=False,
+        chooses=True,
     ),
     "block-sparse-tiles": Row(
         config=BlockSparseConfig(keep=0.3, block_size=(8, 4), order="tiles"),
@@ -311,6 +323,8 @@ TABLE: dict[str, Row] = {
         models=("vit", "wan-t2v", "sd15"),
         grids=(PHOTO,),
         seen=_blocks(_photo_in_tiles(2)),
+        takes_causal=False,
+        chooses=True,
     ),
     "t3-cycle": Row(
         config=T3Config(cycle=((3, 1, 1), (1, 2, 4), (2, 3, 2))),
@@ -318,6 +332,7 @@ TABLE: dict[str, Row] = {
         models=("wan-t2v", "vit"),
         grids=(FRAMES, VIEWS, PHOTO, BETWEEN),
         seen=_boxes,
+        takes_causal=False,
     ),
     "t3-planned": Row(
         config=T3Config(),
@@ -325,6 +340,7 @@ TABLE: dict[str, Row] = {
         models=("wan-t2v", "wan-i2v"),
         grids=(FRAMES, VIEWS),
         seen=_boxes,
+        takes_causal=False,
     ),
     "hidiffusion": Row(
         config=HiDiffusionConfig(min_scale=0.0),
@@ -339,6 +355,8 @@ TABLE: dict[str, Row] = {
         models=("wan-t2v", "wan-i2v"),
         grids=(FRAMES,),
         seen=_neighbors((99, 3, 3)),
+        takes_mask=False,
+        takes_causal=False,
     ),
     "freeswim-guided": Row(
         config=FreeSwimConfig(window_size=(3, 3), cache_steps=0, temperature_tokens=0),
@@ -353,5 +371,8 @@ TABLE: dict[str, Row] = {
                 ]
             )
         ],
+        takes_mask=False,
+        takes_causal=False,
+        is_rowwise=False,  # its halves are meant to differ
     ),
 }

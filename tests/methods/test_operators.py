@@ -13,7 +13,6 @@ from retrofit.grid import TokenGrid, split_positions
 from tests.methods_table import SENTENCE, TABLE, Call, Mask, Row, make_call
 
 CASES = [(name, grid) for name, row in TABLE.items() for grid in row.grids]
-ALIKE = CASES[:-1]  # the halves of a guided FreeSwim batch are meant to differ
 IDS = [f"{name}-{grid}".replace(" ", "") for name, grid in CASES]
 
 
@@ -43,8 +42,8 @@ def test_operator_matches_the_masked_dense_reference(name, grid):
     value = torch.randn(2, 2, grid.num_tokens, 5, dtype=torch.float64)
     masks = row.seen(row.config, call)
     for scale in (None, 0.3):
-        if scale is not None and name.startswith("block-sparse"):
-            continue  # the pooled scores take the scale too, so other blocks are chosen
+        if scale is not None and row.chooses:
+            continue  # the scores by which it chooses take the scale too
         out = attend(row, call, value, scale=scale)
         torch.testing.assert_close(out, attend_masked(call, value, masks, scale))
 
@@ -92,7 +91,7 @@ def test_special_tokens_see_all_and_are_seen_by_all(name, grid):
     assert bool((weights[..., special] > 0).all())
 
 
-@pytest.mark.parametrize(("name", "grid"), ALIKE, ids=IDS[: len(ALIKE)])
+@pytest.mark.parametrize(("name", "grid"), [case for case in CASES if TABLE[case[0]].is_rowwise])
 def test_rows_of_a_batch_do_not_depend_on_each_other(name, grid):
     row = TABLE[name]
     call = make_call(row.config, grid, batch=3)
@@ -120,7 +119,7 @@ def test_a_padding_mask_is_honoured_or_refused(name, grid, form):
     given = mask if form == "key" else mask.expand(-1, -1, grid.num_tokens, -1).contiguous()
     if form == "float":
         given = torch.zeros(given.shape, dtype=torch.float64).masked_fill(~given, -math.inf)
-    if name.startswith("freeswim"):
+    if not row.takes_mask:
         with pytest.raises(UnsupportedError, match="without a mask"):
             attend(row, call, identity(grid), attn_mask=given)
         return
@@ -130,7 +129,7 @@ def test_a_padding_mask_is_honoured_or_refused(name, grid, form):
     sums = weights.sum(-1)
     torch.testing.assert_close(sums[0], torch.ones_like(sums[0]))
     torch.testing.assert_close(sums[1][:, real], torch.ones_like(sums[1][:, real]))
-    if not name.startswith("block-sparse"):  # whose choice depends on the mask: tested by itself
+    if not row.chooses:  # a choice that depends on the mask is tested by itself
         masks = [seen & mask for seen in row.seen(row.config, call)]
         expected = attend_masked(call, identity(grid), masks)
         torch.testing.assert_close(weights[1][:, real], expected[1][:, real])
@@ -140,7 +139,7 @@ def test_a_padding_mask_is_honoured_or_refused(name, grid, form):
 def test_a_causal_call_is_honoured_or_refused(name, grid):
     row = TABLE[name]
     call = make_call(row.config, grid)
-    if grid is not SENTENCE or name.startswith("block-sparse"):  # elsewhere it has no one meaning
+    if grid is not SENTENCE or not row.takes_causal:  # elsewhere it has no one meaning
         with pytest.raises(UnsupportedError, match="without (`is_causal`|a mask)"):
             attend(row, call, identity(grid), is_causal=True)
         return
