@@ -23,6 +23,7 @@ import torch
 ROUNDS = 7  # on a CPU, for calls that take less than SLOW
 SLOW = 2.0  # seconds of one call from which FEWEST_ROUNDS are enough
 FEWEST_ROUNDS = 3
+LONG = 60.0  # seconds of one call from which a second one to warm up adds nothing
 GPU_ROUNDS = 20
 GPU_REPEAT = 10.0  # milliseconds that one contender runs for in one round on a GPU
 NOISE = 0.25  # a baseline that varies by more than this between rounds makes a run noisy
@@ -153,7 +154,15 @@ def race(
         if reason:
             refused[contender.name] = reason
     running = [contender for contender in contenders if contender.name not in refused]
-    slowest = max((stopwatch(contender.run) for contender in running), default=0.0)
+    slowest = max(
+        (
+            first[contender.name]
+            if first[contender.name] > LONG  # such a call is its own warm-up
+            else stopwatch(contender.run)
+            for contender in running
+        ),
+        default=0.0,
+    )
     if rounds is None:
         rounds = GPU_ROUNDS if device == "cuda" else FEWEST_ROUNDS if slowest > SLOW else ROUNDS
     seconds: dict[str, list[float]] = {contender.name: [] for contender in running}
