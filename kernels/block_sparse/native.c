@@ -104,17 +104,33 @@ static void store_rows(const Job *job, const Scratch *s, void *dst, float *lse, 
     }
 }
 
-/* A share of the next group's panels is fetched while each tile of this group is computed: panels lie
- * anywhere in the head, so the hardware does not see the next one coming. */
+/* A share of what comes next is fetched while a tile is computed: panels lie anywhere in the head, so
+ * the hardware does not see the next one coming. */
 static void prefetch_panels(const Tile *t, const PanelRef *panels, int count, int64_t share,
                             int64_t shares) {
     int64_t from = count * share / shares, to = count * (share + 1) / shares;
     for (int64_t n = from; n < to; n++) {
-        const char *k = t->keys + panels[n].panel * t->job->k_panel_bytes;
-        const char *v = t->values + panels[n].panel * t->job->v_panel_bytes;
-        for (int64_t i = 0; i < t->job->k_panel_bytes; i += 64) __builtin_prefetch(k + i, 0, 2);
-        for (int64_t i = 0; i < t->job->v_panel_bytes; i += 64) __builtin_prefetch(v + i, 0, 2);
+        prefetch_rows(t->keys + panels[n].panel * t->job->k_panel_bytes, 1, 0, t->job->k_panel_bytes, 0);
+        prefetch_rows(values_of(t, panels[n].panel), 1, 0, t->job->v_panel_bytes, 0);
     }
+}
+
+/* The first panels of the query block that follows in a list; its rows are likely this thread's. */
+static int list_ahead(const Job *job, int64_t b, int64_t h, int64_t block, PanelRef *to) {
+    const Call *c = job->call;
+    int64_t at = b * c->list_stride[0] + h * c->list_stride[1] + block * c->list_stride[2];
+    int count = 0;
+    if (c->block_mask || block >= job->num_q) return 0;
+    int64_t entries = c->counts[at / c->list_width];
+    for (int64_t n = 0; n < entries && n < c->list_width; n++) {
+        int64_t k = c->indices[at + n];
+        if (k < 0 || k >= job->num_k) return count;
+        for (int64_t i = 0; i < job->panels_per_block; i++) {
+            if (count == GROUP_PANELS) return count;
+            to[count++].panel = (int32_t)(k * job->panels_per_block + i);
+        }
+    }
+    return count;
 }
 
 static void attend_item(Job *job, Scratch *s, int64_t group, int64_t item) {
@@ -130,10 +146,10 @@ static void attend_item(Job *job, Scratch *s, int64_t group, int64_t item) {
     if (end > c->len_q) end = c->len_q;
     int64_t rows = end - row, width = job->vectors_v * VL;
     if (rows <= 0) return;
-    load_queries(job, s,
-                 (const char *)c->query +
-                     (b * c->q_stride[0] + h * c->q_stride[1] + row * c->q_stride[2]) * size,
-                 rows);
+    const char *q = (const char *)c->query + (b * c->q_stride[0] + h * c->q_stride[1]) * size;
+    char *out = (char *)c->out + (b * c->o_stride[0] + h * c->o_stride[1]) * size;
+    int64_t q_row = c->q_stride[2] * size, out_row = c->o_stride[2] * size;
+    load_queries(job, s, q + row * q_row, rows);
     memset(s->out, 0, sizeof(float) * (size_t)(rows * width));
     memset(s->sums, 0, sizeof(float) * (size_t)(rows * VL));
     for (int64_t r = 0; r < rows; r++) s->maxima[r] = s->limits[r] = -FLT_MAX;
@@ -143,15 +159,24 @@ static void attend_item(Job *job, Scratch *s, int64_t group, int64_t item) {
         return;
     }
     Tile t = {.job = job, .keys = slot_of(job, group), .s = s, .b = b, .h = h, .first_row = first};
-    t.values = t.keys + job->num_panels * job->k_panel_bytes;
+    t.values = job->in_place ? head_values(job, group) : packed_values(job, group);
+    t.last_values = job->in_place ? packed_values(job, group) : NULL;
     int64_t tiles = (rows + MR - 1) / MR;
+    PanelRef ahead[GROUP_PANELS];
+    int num_ahead = end == first + c->block_q ? list_ahead(job, b, h, block + 1, ahead) : 0;
     for (int64_t n = 0; n < count; n += GROUP_PANELS) {
         int group_size = (int)(count - n < GROUP_PANELS ? count - n : GROUP_PANELS);
         int64_t left = count - n - group_size;
-        int next_size = (int)(left < GROUP_PANELS ? left : GROUP_PANELS);
+        const PanelRef *next = left ? s->panels + n + group_size : ahead;
+        int next_size = (int)(left > GROUP_PANELS ? GROUP_PANELS : left ? left : num_ahead);
         for (int64_t i = 0; i < tiles; i++) {
-            prefetch_panels(&t, s->panels + n + group_size, next_size, i, tiles);
             int64_t from = rows * i / tiles, to = rows * (i + 1) / tiles; /* even tiles */
+            prefetch_panels(&t, next, next_size, i, tiles);
+            if (!left) {
+                int64_t later = c->len_q - end - from < to - from ? c->len_q - end - from : to - from;
+                prefetch_rows(q + (end + from) * q_row, later, q_row, c->dim * size, 0);
+                prefetch_rows(out + (row + from) * out_row, to - from, out_row, c->dim_v * size, 1);
+            }
             t.row = row + from;
             t.rows = (int)(to - from);
             t.q = s->q + from * job->depth;
@@ -162,9 +187,7 @@ static void attend_item(Job *job, Scratch *s, int64_t group, int64_t item) {
             attend_group(&t, s->panels + n, group_size);
         }
     }
-    store_rows(job, s,
-               (char *)c->out +
-                   (b * c->o_stride[0] + h * c->o_stride[1] + row * c->o_stride[2]) * size,
+    store_rows(job, s, out + row * out_row,
                c->lse ? c->lse + (b * c->heads + h) * c->len_q + row : NULL, rows);
 }
 
@@ -217,6 +240,14 @@ static void *work(void *argument) {
     return NULL;
 }
 
+/* Whether rows of values already lie as they would be packed. */
+static int values_are_panels(const Call *c) {
+    uint64_t any = (uint64_t)(uintptr_t)c->value;
+    for (int i = 0; i < 2; i++) any |= (uint64_t)(c->v_stride[i] * 4);
+    return c->dtype == FLOAT32 && c->v_stride[3] == 1 && c->v_stride[2] == c->dim_v &&
+           c->dim_v % VL == 0 && c->block_k % VL == 0 && any % VECTOR_BYTES == 0;
+}
+
 static void plan_job(Job *job, const Call *c) {
     job->call = c;
     job->use_dot = HAS_DOT && c->dtype == BFLOAT16;
@@ -228,7 +259,10 @@ static void plan_job(Job *job, const Call *c) {
     job->vectors_v = (c->dim_v + VL - 1) / VL;
     job->k_panel_bytes = job->depth * VECTOR_BYTES;
     job->v_panel_bytes = job->vectors_v * VECTOR_BYTES * (job->use_dot ? VL / 2 : VL);
-    job->slot_bytes = job->num_panels * (job->k_panel_bytes + job->v_panel_bytes);
+    job->in_place = values_are_panels(c);
+    job->last_panel = c->len_k % VL ? c->len_k / VL : -1;
+    job->slot_bytes = job->num_panels * job->k_panel_bytes;
+    job->slot_bytes += (job->in_place ? 1 : job->num_panels) * job->v_panel_bytes;
     job->groups = c->batch * c->kv_heads;
     /* fewer rows per item where there would be too few items for the threads */
     int64_t rows = c->block_q < MAX_ROWS ? c->block_q : MAX_ROWS;

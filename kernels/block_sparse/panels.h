@@ -40,10 +40,11 @@ typedef struct {
 
 typedef struct {
     const Call *call;
-    int use_dot;
+    int use_dot, in_place; /* in_place: values are read where they are, but for a short last panel */
     int64_t num_q, num_k, panels_per_block, num_panels, chunks_per_block, rows_per_item;
     int64_t groups, pack_items, attend_items, items;
     int64_t k_panel_bytes, v_panel_bytes, slot_bytes, vectors_v, depth;
+    int64_t last_panel; /* in place: the short one, or -1 */
     int slots;
     char *packed;
     float sign, factor; /* sign of the scale, and |scale| * log2(e) */
@@ -162,31 +163,48 @@ INLINE void pack_value_panel(const Job *job, const void *src, int64_t rows, void
     }
 }
 
-NOINLINE void pack_panel(const Job *job, const void *k, const void *v, int64_t rows, void *to_k,
-                         void *to_v) {
+NOINLINE void pack_keys(const Job *job, const void *k, int64_t rows, void *to) {
     int dtype = job->call->dtype;
-    if (job->use_dot) {
-        pack_key_panel(job, k, rows, to_k, BFLOAT16, 1);
-        pack_value_panel(job, v, rows, to_v, BFLOAT16, 1);
-    } else if (dtype == FLOAT32) {
-        pack_key_panel(job, k, rows, to_k, FLOAT32, 0);
-        pack_value_panel(job, v, rows, to_v, FLOAT32, 0);
-    } else {
-        pack_key_panel(job, k, rows, to_k, dtype, 0);
-        pack_value_panel(job, v, rows, to_v, dtype, 0);
-    }
+    if (job->use_dot) pack_key_panel(job, k, rows, to, BFLOAT16, 1);
+    else if (dtype == FLOAT32) pack_key_panel(job, k, rows, to, FLOAT32, 0);
+    else pack_key_panel(job, k, rows, to, dtype, 0);
+}
+
+NOINLINE void pack_values(const Job *job, const void *v, int64_t rows, void *to) {
+    int dtype = job->call->dtype;
+    if (job->use_dot) pack_value_panel(job, v, rows, to, BFLOAT16, 1);
+    else if (dtype == FLOAT32) pack_value_panel(job, v, rows, to, FLOAT32, 0);
+    else pack_value_panel(job, v, rows, to, dtype, 0);
 }
 
 static char *slot_of(const Job *job, int64_t group) {
     return job->packed + group % job->slots * job->slot_bytes;
 }
 
+/* The head's packed values, of which there may be only the last panel. */
+static char *packed_values(const Job *job, int64_t group) {
+    return slot_of(job, group) + job->num_panels * job->k_panel_bytes;
+}
+
+static const char *head_values(const Job *job, int64_t group) {
+    const Call *c = job->call;
+    int64_t b = group / c->kv_heads, h = group % c->kv_heads;
+    return (const char *)c->value + (b * c->v_stride[0] + h * c->v_stride[1]) * size_of(c);
+}
+
+INLINE void prefetch_rows(const char *from, int64_t rows, int64_t stride, int64_t bytes,
+                          const int to_write) {
+    for (int64_t r = 0; r < rows; r++, from += stride)
+        for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, to_write, 2);
+}
+
 static void pack_item(const Job *job, int64_t group, int64_t item) {
     const Call *c = job->call;
     int64_t size = size_of(c), b = group / c->kv_heads, h = group % c->kv_heads;
     const char *k = (const char *)c->key + (b * c->k_stride[0] + h * c->k_stride[1]) * size;
-    const char *v = (const char *)c->value + (b * c->v_stride[0] + h * c->v_stride[1]) * size;
-    char *slot = slot_of(job, group);
+    const char *v = head_values(job, group);
+    char *to_k = slot_of(job, group), *to_v = packed_values(job, group);
+    int64_t k_row = c->k_stride[2] * size, v_row = c->v_stride[2] * size;
     int64_t first = item * PACK_KEYS / VL, last = first + PACK_KEYS / VL;
     if (last > job->num_panels) last = job->num_panels;
     for (int64_t panel = first; panel < last; panel++) {
@@ -195,8 +213,15 @@ static void pack_item(const Job *job, int64_t group, int64_t item) {
         if (rows > c->len_k - start) rows = c->len_k - start;
         if (rows > VL) rows = VL;
         if (rows <= 0) continue;
-        pack_panel(job, k + start * c->k_stride[2] * size, v + start * c->v_stride[2] * size, rows,
-                   slot + panel * job->k_panel_bytes,
-                   slot + job->num_panels * job->k_panel_bytes + panel * job->v_panel_bytes);
+        /* rows a page apart are out of the hardware's sight */
+        int64_t ahead = start + PACK_AHEAD, left = c->len_k - ahead < rows ? c->len_k - ahead : rows;
+        prefetch_rows(k + ahead * k_row, left, k_row, c->dim * size, 0);
+        pack_keys(job, k + start * k_row, rows, to_k + panel * job->k_panel_bytes);
+        if (!job->in_place) {
+            prefetch_rows(v + ahead * v_row, left, v_row, c->dim_v * size, 0);
+            pack_values(job, v + start * v_row, rows, to_v + panel * job->v_panel_bytes);
+        } else if (panel == job->last_panel) {
+            pack_values(job, v + start * v_row, rows, to_v);
+        }
     }
 }

@@ -7,6 +7,7 @@
 typedef struct {
     const Job *job;
     const char *keys, *values; /* panels of the head */
+    const char *last_values;   /* a short last panel that lies apart, or NULL */
     Scratch *s;
     const float *q; /* of this tile */
     float *out, *sums, *maxima, *limits;
@@ -15,8 +16,13 @@ typedef struct {
     int64_t b, h, first_row; /* first_row: of the query block */
     /* panels whose weights wait to be multiplied with their values */
     int pending;
-    int32_t waiting[GROUP_PANELS];
+    const char *waiting[GROUP_PANELS];
 } Tile;
+
+INLINE const char *values_of(const Tile *t, int64_t panel) {
+    if (t->last_values && panel == t->job->last_panel) return t->last_values;
+    return t->values + panel * t->job->v_panel_bytes;
+}
 
 INLINE void add_values(Tile *t, int first, const int rows, const int width, int64_t column,
                        const int dot) {
@@ -31,7 +37,7 @@ INLINE void add_values(Tile *t, int first, const int rows, const int width, int6
         for (int v = 0; v < width; v++)
             acc[r][v] = *(const vf *)(out + r * stride + v * VL);
     for (int n = 0; n < t->pending; n++) {
-        const char *panel = t->values + t->waiting[n] * job->v_panel_bytes + column * 4;
+        const char *panel = t->waiting[n] + column * 4;
         if (dot) {
 #if HAS_DOT
             const uint32_t *p = (const uint32_t *)weights + n * (VL / 2);
@@ -129,10 +135,11 @@ NOINLINE void raise_maxima(Tile *t, const vf *scores, float factor, int first, i
         float top = best[0];
         for (int i = 1; i < VL; i++) top = best[i] > top ? best[i] : top;
         if (!(top > t->limits[r])) continue;
-        float maximum = top * factor;
-        float shrink = t->maxima[r] > -FLT_MAX ? exp2f(t->maxima[r] - maximum) : 0; /* else slow */
+        float maximum = top * factor, before = t->maxima[r];
         t->maxima[r] = maximum;
         t->limits[r] = (maximum + LAZY) / factor;
+        if (!(before > -FLT_MAX)) continue; /* all sums and weights are 0 */
+        float shrink = exp2f(before - maximum);
         *(vf *)(t->sums + r * VL) *= splat(shrink);
         for (int64_t d = 0; d < stride; d += VL) *(vf *)(t->out + r * stride + d) *= splat(shrink);
         float *weights = t->s->weights + r * WEIGHTS_ROW(dot);
@@ -258,8 +265,8 @@ INLINE void attend_strip(Tile *t, const Strip *strip, int first, const int rows,
 }
 
 INLINE void queue_values(Tile *t, const Strip *strip) {
-    for (int v = 0; v < strip->count; v++) t->waiting[t->pending + v] = strip->panel[v];
-    t->pending += strip->count;
+    for (int v = 0; v < strip->count; v++)
+        t->waiting[t->pending++] = values_of(t, strip->panel[v]);
 }
 
 #define DOT 0

@@ -33,6 +33,7 @@
 #define GROUP_PANELS (GROUP / VL)
 #define MAX_ROWS 192 /* query rows per work item, a multiple of MR */
 #define PACK_KEYS 256
+#define PACK_AHEAD 64 /* keys fetched before they are packed */
 #define LAZY 8.0f
 #define ALL_LANES ((1u << VL) - 1)
 /* weights of a row, in floats: bfloat16 ones take half */
@@ -145,7 +146,25 @@ INLINE int any_lane(vi mask) {
 #endif
 }
 
-/* 2^t for t <= 127; exactly 0 below -127. Few terms are enough for weights in bfloat16. */
+/* 2^t for t <= 127, 0 far below. Few terms are enough for weights in bfloat16. */
+#if VECTOR_BYTES == 64 && defined(__AVX512DQ__)
+INLINE vf vexp2(vf t, int few_terms) {
+    vf f = (vf)_mm512_reduce_ps((__m512)t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC); /* t - floor(t) */
+    vf p;
+    if (few_terms) { /* relative error 8e-5 */
+        p = splat(7.8024521470e-2f) * f + splat(2.2606715560e-1f);
+        p = p * f + splat(6.9583356380e-1f);
+        p = p * f + splat(9.9992519617e-1f);
+    } else { /* relative error 8e-8 */
+        p = splat(1.8671301659e-3f) * f + splat(9.0170297772e-3f);
+        p = p * f + splat(5.5799912661e-2f);
+        p = p * f + splat(2.4016444385e-1f);
+        p = p * f + splat(6.9315129519e-1f);
+        p = p * f + splat(1.0f);
+    }
+    return (vf)_mm512_scalef_ps((__m512)p, (__m512)t);
+}
+#else
 INLINE vf vexp2(vf t, int few_terms) {
     const vf magic = splat(0x1.8p23f + 127.0f); /* low bits of t + magic are the biased exponent */
     t = vmax(splat(-127.0f), t);
@@ -166,6 +185,7 @@ INLINE vf vexp2(vf t, int few_terms) {
     }
     return p * power;
 }
+#endif
 
 /* VL consecutive elements as floats. */
 INLINE vf load_floats(const void *src, int64_t at, int dtype) {

@@ -35,15 +35,16 @@ static void pack_group(const WindowJob *w, const KeyGroup *g, const char *k, con
         int rows = g->count - p * VL < VL ? g->count - p * VL : VL;
         char *to_k = s->keys + p * job->k_panel_bytes, *to_v = s->values + p * job->v_panel_bytes;
         if (count_run(position, rows) == rows) {
-            pack_panel(&w->in_place_job, k + position[0] * k_row, v + position[0] * v_row, rows, to_k,
-                       to_v);
+            pack_keys(&w->in_place_job, k + position[0] * k_row, rows, to_k);
+            pack_values(&w->in_place_job, v + position[0] * v_row, rows, to_v);
             continue;
         }
         for (int i = 0; i < rows; i++) {
             copy_row(s->copied_k + i * k_bytes, k + position[i] * k_row, c->dim * size);
             copy_row(s->copied_v + i * v_bytes, v + position[i] * v_row, c->dim_v * size);
         }
-        pack_panel(job, s->copied_k, s->copied_v, rows, to_k, to_v);
+        pack_keys(job, s->copied_k, rows, to_k);
+        pack_values(job, s->copied_v, rows, to_v);
     }
 }
 

@@ -15,7 +15,12 @@ static uint32_t below(uint32_t limit) {
 
 static float normal(void) { return (float)below(2000) / 500.0f - 2.0f; }
 
-static void *exactly(size_t bytes) { return malloc(bytes ? bytes : 1); }
+/* Aligned as tensors are. */
+static void *exactly(size_t bytes) {
+    void *memory = NULL;
+    if (posix_memalign(&memory, 64, bytes ? bytes : 1)) abort();
+    return memory;
+}
 
 static void fill(void *x, int64_t count, int dtype) {
     for (int64_t i = 0; i < count; i++) store_element(x, i, normal(), dtype);
@@ -108,6 +113,10 @@ static int one_call(int dtype) {
     c.dim_v = 1 + below(100);
     c.block_q = 1 + below(140);
     c.block_k = 1 + below(140);
+    if (below(2)) { /* whole panels: values in float32 are read where they are */
+        c.dim_v = VL * (1 + below(5));
+        c.block_k = VL * (1 + below(6));
+    }
     c.dtype = dtype;
     c.is_causal = (int)below(2);
     c.threads = 1 + (int)below(4);
