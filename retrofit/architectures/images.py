@@ -56,6 +56,12 @@ class ImageFit:
         scale = intrinsics.new_tensor([1 / self.scale_x, 1 / self.scale_y, 1]).diag()
         return scale @ shift @ intrinsics
 
+    def fitted_intrinsics(self, intrinsics: Tensor) -> Tensor:
+        """Turn intrinsics `[..., 3, 3]` of the upright photo into the network's image's."""
+        shift = intrinsics.new_tensor([[1, 0, self.left], [0, 1, self.top], [0, 0, 1]])
+        scale = intrinsics.new_tensor([self.scale_x, self.scale_y, 1]).diag()
+        return shift @ scale @ intrinsics
+
 
 def load_images(
     paths: Sequence[str | Path],

@@ -53,7 +53,8 @@ def run(
         list[Path] | None,
         typer.Option(
             "--inputs",
-            help="Texts or pictures, or folders of them; may be repeated.",
+            help="Texts or pictures, or folders of them; folders of views, with cameras.json "
+            "where the truth is known. May be repeated.",
             rich_help_panel=INPUTS,
         ),
     ] = None,
@@ -115,9 +116,10 @@ def run(
     r"""Compare a checkpoint with patches of it: output, speed and peak memory.
 
     Dense and patched run on the same seeded inputs, interleaved: documents for text encoders,
-    pictures for vision models, latents over a short schedule for diffusion models. A patched
-    checkpoint is compared with its own patch. With --prompt-file a text-to-image pipeline also
-    draws whole pictures. Nothing is written but plot and sheet.
+    pictures for vision models, latents over a short schedule for diffusion models; VGGT and Pi3 see
+    the scenes of --inputs, and depth, cameras and points are held against the truth where a scene
+    has one. A patched checkpoint is compared with its own patch. With --prompt-file a
+    text-to-image pipeline also draws whole pictures. Nothing is written but plot and sheet.
 
     [bold]Examples[/bold]
 
@@ -129,6 +131,7 @@ def run(
     $ retrofit compare minilm-sparse/ --inputs my-texts/ --plot compare.png
     $ retrofit compare sd15/ -m hidiffusion --size 1024x1024 --rounds 1
     $ retrofit compare minilm/ -m window --set keep=0.5 --set keep=0.25
+    $ retrofit compare rooms -m block-sparse --inputs scenes/ --set keep=0.5 --set keep=0.25
     $ retrofit compare shapes -m hidiffusion --size 256x256 --prompt-file my.txt --sheet sheet.png
 
     [bold]In Python[/bold]
@@ -249,7 +252,7 @@ def _as_json(comparison: Comparison, plot: Path | None) -> dict[str, Any]:
 
 
 def _print(comparison: Comparison, plot: Path | None) -> None:
-    from retrofit.compare.report import table, verdict
+    from retrofit.compare.report import layer_table, table, verdict
 
     machine, (before, after) = comparison.machine, comparison.load
     print_lines(
@@ -259,6 +262,8 @@ def _print(comparison: Comparison, plot: Path | None) -> None:
         "",
     )
     print_table(*table(comparison))
+    if comparison.scenes:
+        print_table(*layer_table(comparison))
     print_lines(f"verdict: {verdict(comparison)}")
     if plot is not None:
         print_lines(f"plot: {plot}")

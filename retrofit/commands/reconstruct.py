@@ -145,6 +145,7 @@ def run(
 
     from retrofit.checkpoint.loading import pick_device
     from retrofit.reconstruct import Reconstructor, Settings
+    from retrofit.reconstruct.inputs import is_video
 
     reconstructor = Reconstructor(
         model,
@@ -162,7 +163,9 @@ def run(
         **parameters,
     )
     with _open_views(images or [], every) as files:
-        _reconstruct(reconstructor, files, out, drop=drop, points=points, force=force, json=json)
+        lasting = not any(is_video(Path(name)) for name in images or [])
+        writing = {"drop": drop, "most": points, "force": force, "lasting": lasting}
+        _reconstruct(reconstructor, files, out, json=json, **writing)
 
 
 def _reconstruct(
@@ -170,18 +173,16 @@ def _reconstruct(
     files: list[Path],
     out: Path,
     *,
-    drop: float,
-    points: int,
-    force: bool,
     json: bool,
+    **writing: Any,
 ) -> None:
     from retrofit.reconstruct.writing import refuse_target, write_result
 
-    refuse_target(out, files, source=reconstructor.checkpoint.root, force=force)
+    refuse_target(out, files, source=reconstructor.checkpoint.root, force=writing["force"])
     with stages() as advance:
         made = reconstructor.run(files, progress=advance)
         advance("writing", 0, 1)
-        written = write_result(made, out, drop=drop, most=points, force=force)
+        written = write_result(made, out, **writing)
     if json:
         print_json(_as_json(made, out, written))
     else:

@@ -14,19 +14,26 @@ from torch import Tensor, nn
 from retrofit.compare.measure import (
     ModelInput,
     describe_machine,
+    find_module,
     find_network,
     run_input,
     time_input,
 )
 from retrofit.compare.metrics import GroupMetric, Metric, PairMetric, measure_group, metrics_for
 from retrofit.compare.result import Comparison, Row
+from retrofit.compare.views import (
+    DENSE,
+    TRUTH_METRICS,
+    ViewRow,
+    keep_by_site,
+    measure_variant,
+)
 from retrofit.errors import InputError, NonFiniteError
 from retrofit.networks import FoundNetwork
 from retrofit.patching import Patch, patch
 from retrofit.recipe import Recipe
 from retrofit.timing import Spread, load_average
 
-DENSE = "dense"
 MEASURED_INPUTS = 8  # inputs on which the kept fraction is measured, before anything is timed
 NOISE = 0.25  # dense times of one input that differ by more than this make a run noisy
 
@@ -69,8 +76,9 @@ def compare_models(
             f"compare: expected at least one variant, input and round, got {len(variants)}, "
             f"{len(inputs)} and {rounds}. Name a method with --method."
         )
-    found = functools.partial(find_network, target, components=components)
-    run = _Run(target, variants, inputs, found, seed, progress or _say_nothing)
+    found = functools.partial(find_module, target, components=components)
+    network = find_network(target, inputs[0].network, components)
+    run = _Run(target, variants, inputs, network, found, seed, progress or _say_nothing)
     before = load_average()
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         run.warm_up()
@@ -91,33 +99,36 @@ class _Run:
         target: Any,
         variants: Mapping[str, Recipe],
         inputs: Sequence[ModelInput],
-        find: Callable[[str], FoundNetwork],
+        network: FoundNetwork,
+        module: Callable[[ModelInput], nn.Module],
         seed: int,
         progress: Progress,
     ) -> None:
         self.target = target
         self.recipes: dict[str, Recipe | None] = {DENSE: None, **variants}
         self.inputs = inputs
-        self.find = find
+        self.module = module
         self.seed = seed
         self.progress = progress
-        self.network = find(inputs[0].network)
+        self.network = network
         self.metrics = metrics_for(self.network.family.name, len(inputs))
         self.handles: dict[str, Patch] = {}
         self.calls: dict[str, dict[str, int]] = {DENSE: {}}
         self.seconds: dict[str, list[float]] = defaultdict(list)
         self.pairs: dict[tuple[str, str], list[float]] = defaultdict(list)
         self.groups: dict[tuple[str, str], list[Tensor]] = defaultdict(list)
+        self.truths = [item.truth for item in inputs if item.truth is not None]
+        self.views: dict[str, ViewRow] = {}
+        self.kept: dict[str, dict[str, float]] = {}
         self.turn = 0
-
-    def module(self, item: ModelInput) -> nn.Module:
-        """The network that an input is for."""
-        return self.find(item.network).module
 
     def warm_up(self) -> None:
         """One untimed run of each variant, in which the kept fraction is measured."""
         for name, recipe in self.recipes.items():
             self.progress(f"warming up {name}", 0, 1)
+            if self.truths:
+                module = self.module(self.inputs[0])
+                self.views[name] = measure_variant(module, name, recipe, self.truths)
             if recipe is None:
                 first = self.inputs[0]
                 _check_finite(run_input(self.module(first), first, None), name, first)
@@ -129,6 +140,7 @@ class _Run:
                         run_input(self.module(item), item, handle)
             finally:
                 handle.remove()
+            self.kept[name] = keep_by_site(handle)
             counts = [site.counts for site in handle.sites.values()]
             self.calls[name] = {
                 "patched": sum(count.patched for count in counts),
@@ -188,13 +200,21 @@ class _Run:
             machine=describe_machine(self.network.module),
             load=(load_before, load_average()),
             noisy=self._is_noisy(),
+            truth_metrics=tuple(m for m in TRUTH_METRICS if self._is_known(m.name)),
+            scenes=len(self.truths),
         )
+
+    def _is_known(self, metric: str) -> bool:
+        return bool(self.views) and metric in self.views[DENSE].metrics
 
     def _row(self, name: str, recipe: Recipe | None) -> Row:
         seconds = self.seconds[name]
         speed = [d / s for d, s in zip(self.seconds[DENSE], seconds, strict=True)]
         row = Row(
-            name=name, seconds=Spread(values=tuple(seconds)), speed=Spread(values=tuple(speed))
+            name=name,
+            seconds=Spread(values=tuple(seconds)),
+            speed=Spread(values=tuple(speed)),
+            truth=self.views[name].metrics if self.views else {},
         )
         if recipe is None:
             return row
@@ -205,6 +225,8 @@ class _Run:
             report=handle.report,
             keep_asked=getattr(handle.recipe.method, "keep", None),
             keep_measured=handle.keep_measured(),
+            keep_by_site=self.kept[name],
+            truth_change=self.views[name].change(self.views[DENSE]) if self.views else {},
             calls=self.calls[name],
             metrics={m.name: Spread(values=tuple(self._values(name, m))) for m in self.metrics},
         )

@@ -11,13 +11,15 @@ from typing import Any
 from retrofit.checkpoint import Checkpoint, find_checkpoint
 from retrofit.checkpoint.opening import build_networks, load_networks
 from retrofit.compare import Progress, compare_models
-from retrofit.compare.inputs import InputChoice, make_inputs
+from retrofit.compare.inputs import InputChoice, make_inputs, scene_inputs, scene_size
+from retrofit.compare.measure import ModelInput
 from retrofit.compare.peak_memory import with_peak_memory
 from retrofit.compare.result import Comparison
 from retrofit.errors import InputError
 from retrofit.inspection import NetworkReport, inspect_checkpoint
 from retrofit.patching import patch
 from retrofit.recipe import Recipe
+from retrofit.reconstruct.fitting import running_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +95,10 @@ def compare_checkpoint(
         )
     recipes, components = _resolve(checkpoint, variants, where)
     named = () if components == ("",) else components
+    scenes = _read_scenes(checkpoint, choice)
+    if scenes:
+        choice = replace(choice, asked=scene_size(scenes))
+        where = replace(where, dtype=running_dtype(checkpoint, where.device, where.dtype))
     reports = inspect_checkpoint(
         checkpoint, choice.asked, components=named, trust_remote_code=where.trust_remote_code
     )
@@ -101,7 +107,7 @@ def compare_checkpoint(
     if progress is not None:
         progress(f"loading {checkpoint.name}", 0, 1)
     target = open_target()
-    inputs = make_inputs(target, choice, folder=checkpoint.configs, components=named)
+    inputs = scenes or make_inputs(target, choice, folder=checkpoint.configs, components=named)
     comparison = compare_models(
         target,
         recipes,
@@ -122,6 +128,12 @@ def compare_checkpoint(
     return with_peak_memory(
         comparison, open_target, _largest(inputs), components=named, progress=progress
     )
+
+
+def _read_scenes(checkpoint: Checkpoint, choice: InputChoice) -> list[ModelInput]:
+    """The scenes that --inputs names, where the checkpoint is one of those that see scenes."""
+    library, _ = checkpoint.classes.get("", ("", ""))
+    return scene_inputs(checkpoint, choice) if library == "retrofit" and choice.files else []
 
 
 def _attention_share(reports: Sequence[NetworkReport]) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,12 +13,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from retrofit.checkpoint import Checkpoint
 from retrofit.compare.measure import ModelCall, ModelInput
 from retrofit.compare.samples import collect_documents, draw_pictures
+from retrofit.compare.scenes import read_scenes
 from retrofit.errors import InputError, NotFoundError, UnsupportedError
 from retrofit.families.examples import InputSize
 from retrofit.inspection import AskedSize
 from retrofit.networks import FoundNetwork, find_networks
+from retrofit.reconstruct.fitting import Fitting
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -72,6 +76,28 @@ def make_inputs(
     """
     found = find_networks(target, components)
     return [item for network in found for item in _network_inputs(network, choice, folder)]
+
+
+def scene_inputs(checkpoint: Checkpoint, choice: InputChoice) -> list[ModelInput]:
+    """Scenes of the folders that the user named, for a VGGT or Pi3 with its heads."""
+    fitting = Fitting.of(checkpoint, size=choice.asked.width)
+    scenes = read_scenes(choice.files, fitting, views=choice.asked.frames, count=choice.count)
+    return [
+        ModelInput(
+            name=scene.name,
+            calls=(ModelCall(arguments={"images": scene.images[None]}),),
+            whole=True,
+            truth=scene.truth,
+        )
+        for scene in scenes
+    ]
+
+
+def scene_size(inputs: Sequence[ModelInput]) -> AskedSize:
+    """Views and pixels of the largest scene."""
+    shapes = [item.calls[0].arguments["images"].shape for item in inputs]
+    _, frames, _, height, width = max(shapes, key=math.prod)
+    return AskedSize(width=width, height=height, frames=frames)
 
 
 def _network_inputs(

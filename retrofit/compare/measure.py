@@ -14,6 +14,7 @@ from torch import Tensor
 
 from retrofit.checkpoint.manifest import current_versions
 from retrofit.compare.metrics import output_tensor
+from retrofit.compare.views import TrueScene
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.patching import Patch
 from retrofit.timing import processor_name
@@ -43,12 +44,16 @@ class ModelInput:
         calls: The calls made for it, in order; the outputs are compared together.
         network: Name of the network in its pipeline; empty for a single network.
         tokens: Tokens of its largest attention call, where known.
+        whole: Whether to run the target itself, heads and all, and not the network inside it.
+        truth: What is known of a scene, for the numbers of `Row.truth`.
     """
 
     name: str
     calls: tuple[ModelCall, ...]
     network: str = ""
     tokens: int | None = None
+    whole: bool = False
+    truth: TrueScene | None = None
 
 
 def find_network(target: Any, name: str, components: tuple[str, ...] = ()) -> FoundNetwork:
@@ -61,6 +66,11 @@ def find_network(target: Any, name: str, components: tuple[str, ...] = ()) -> Fo
     """
     found = find_networks(target, components)
     return next((network for network in found if network.name == name), found[0])
+
+
+def find_module(target: Any, item: ModelInput, components: tuple[str, ...] = ()) -> torch.nn.Module:
+    """What an input is run on: the target itself, or one of its networks."""
+    return target if item.whole else find_network(target, item.network, components).module
 
 
 def run_input(module: torch.nn.Module, item: ModelInput, handle: Patch | None) -> Tensor:

@@ -7,7 +7,6 @@ import json
 import logging
 import os
 import pickle
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
@@ -17,8 +16,9 @@ from typing import Any
 
 import torch
 
+from retrofit.child_process import run_child
 from retrofit.compare import Progress
-from retrofit.compare.measure import ModelInput, find_network, run_input
+from retrofit.compare.measure import ModelInput, find_module, run_input
 from retrofit.compare.result import Comparison
 from retrofit.errors import RetrofitError
 from retrofit.patching import patch
@@ -58,10 +58,9 @@ def measure_peak_memory(job: MemoryJob) -> int:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "job.pickle"
         file.write_bytes(pickle.dumps(job))
-        command = [sys.executable, "-P", "-m", "retrofit.compare.peak_memory", str(file)]
         # it imports what this process does, and nothing from where the user happens to stand
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        done = run_child("retrofit.compare.peak_memory", [str(file)], environment=environment)
     if done.returncode:
         last = done.stderr.strip().splitlines()[-1:] or ["no message"]
         raise RetrofitError(
@@ -73,9 +72,7 @@ def measure_peak_memory(job: MemoryJob) -> int:
 
 def _run_job(job: MemoryJob) -> int:
     target = job.open_target()
-    runs = [
-        (find_network(target, item.network, job.components).module, item) for item in job.inputs
-    ]
+    runs = [(find_module(target, item, job.components), item) for item in job.inputs]
     handle = None if job.recipe is None else patch(target, Recipe.from_dict(job.recipe))
     is_cuda = next(runs[0][0].parameters()).device.type == "cuda"
     if is_cuda:

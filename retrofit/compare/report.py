@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retrofit.compare.metrics import GroupMetric, Metric
 from retrofit.compare.result import Comparison, Row
+from retrofit.compare.views import TruthMetric
 from retrofit.timing import Spread
 
 if TYPE_CHECKING:
@@ -32,6 +33,10 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
         "noisy": comparison.noisy,
         "attention_share": comparison.attention_share,
         "metrics": {m.name: {"meaning": m.meaning, "better": m.better} for m in comparison.metrics},
+        "scenes": comparison.scenes,
+        "truth_metrics": {
+            m.name: {"meaning": m.meaning, "better": m.better} for m in comparison.truth_metrics
+        },
         "dense": _row_to_dict(comparison.dense),
         "variants": [_row_to_dict(row) for row in comparison.variants],
         "verdict": verdict(comparison),
@@ -44,6 +49,7 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
         "seconds": row.seconds.to_dict(),
         "speed": row.speed.to_dict(),
         "peak_bytes": row.peak_bytes,
+        "truth": dict(row.truth),
     }
     if row.recipe is None or row.report is None:
         return data
@@ -55,6 +61,8 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
         "skipped": [{"site": s.path, "reason": s.reason} for s in row.report.skipped],
         "keep_asked": row.keep_asked,
         "keep_measured": row.keep_measured,
+        "keep_by_site": dict(row.keep_by_site),
+        "truth_change": {name: vars(change) for name, change in row.truth_change.items()},
         "calls": dict(row.calls),
         "metrics": {
             name: {**spread.to_dict(), "values": list(spread.values)}
@@ -72,12 +80,52 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
     rows += [
         (_label_metric(m), functools.partial(_metric_cell, metric=m)) for m in comparison.metrics
     ]
+    rows += [
+        (_label_truth(m), functools.partial(_truth_cell, metric=m))
+        for m in comparison.truth_metrics
+    ]
     rows += [("ms an input\nmin to max", lambda row: _cell(row.seconds, _milliseconds))]
     rows += [("speed, dense = 1\nmin to max", lambda row: _cell(row.speed, _factor))]
     if any(row.peak_bytes is not None for row in comparison.rows):
         rows += [("peak memory, MiB", _mebibytes)]
     headers = ["", *(row.name.replace(" ", "\n", 1) for row in comparison.rows)]
     return headers, [[label, *(show(row) for row in comparison.rows)] for label, show in rows]
+
+
+def layer_table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
+    """Headers and cells: what every patched layer kept, measured, a column for each variant."""
+    sites = dict.fromkeys(path for row in comparison.variants for path in row.keep_by_site)
+    rows = [
+        [site, *(_kept_cell(row.keep_by_site.get(site)) for row in comparison.variants)]
+        for site in sites
+    ]
+    return ["keep measured", *(row.name.replace(" ", "\n", 1) for row in comparison.variants)], rows
+
+
+def _kept_cell(kept: float | None) -> str:
+    return "-" if kept is None else f"{kept:.3f}"
+
+
+def _label_truth(metric: TruthMetric) -> str:
+    return f"{_shown_name(metric)} (truth), {metric.better} is better\nagainst dense"
+
+
+def _shown_name(metric: TruthMetric) -> str:
+    names = {"abs_rel": "depth AbsRel", "points": "point error"}
+    names |= {name: f"{name} error, degrees" for name in ("rotation", "translation")}
+    return names.get(metric.name, metric.name.upper())
+
+
+def _truth_cell(row: Row, *, metric: TruthMetric) -> str:
+    value = row.truth.get(metric.name)
+    if value is None:
+        return ""
+    change = row.truth_change.get(metric.name)
+    shown = f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+    if change is None:
+        return f"{shown}\n"
+    worse = "worse" if change.value > 0 else "better"
+    return f"{shown}\n{abs(change.value):.1%} {worse}"
 
 
 def _label_metric(metric: Metric) -> str:
@@ -144,6 +192,7 @@ def verdict(comparison: Comparison) -> str:
             f"runs at {speed.median:.2f}x"
         )
     parts = [f"{said}, and changes the output by {_error(best)}"]
+    parts += _truth_words(comparison, best)
     parts += _memory_words(comparison, best)
     if comparison.attention_share is not None:
         limit = 1 / (1 - comparison.attention_share)
@@ -172,6 +221,16 @@ def _error(row: Row) -> str:
     return f"{row.metrics['relative_error'].median:.1%} ({', '.join(cosines)})"
 
 
+def _truth_words(comparison: Comparison, row: Row) -> list[str]:
+    """The number that moved away from the truth most."""
+    if not row.truth_change:
+        return []
+    name, change = max(row.truth_change.items(), key=lambda item: item[1].value)
+    metric = next(metric for metric in comparison.truth_metrics if metric.name == name)
+    sure = f"{change.low:+.1%} to {change.high:+.1%} over resampled scenes"
+    return [f"against the truth {_shown_name(metric)} suffers most, {change.value:+.1%} ({sure})"]
+
+
 def _memory_words(comparison: Comparison, row: Row) -> list[str]:
     if row.peak_bytes is None or comparison.dense.peak_bytes is None:
         return []
@@ -193,7 +252,8 @@ def plot(comparison: Comparison, file: str | Path, title: str = "") -> None:
 
     shown = [m for m in comparison.metrics if m.name != "cosine" or len(comparison.metrics) <= 3]
     has_memory = comparison.dense.peak_bytes is not None
-    panels = len(shown) + 1 + has_memory
+    has_truth = bool(comparison.truth_metrics)
+    panels = len(shown) + has_truth + 1 + has_memory
     names = [row.name for row in comparison.variants]
     size = (2.2 + 2.7 * panels, 1.9 + 0.5 * len(names))
     figure = Figure(figsize=size, layout="constrained", dpi=120)
@@ -205,7 +265,9 @@ def plot(comparison: Comparison, file: str | Path, title: str = "") -> None:
         else:
             _draw_points(axis, spreads)
         axis.set_title(f"{metric.name.replace('_', ' ')}\n({metric.better} is closer)", fontsize=9)
-    _draw_speed(axes[len(shown)], comparison)
+    if has_truth:
+        _draw_truth(axes[len(shown)], comparison)
+    _draw_speed(axes[len(shown) + has_truth], comparison)
     if has_memory:
         _draw_memory(axes[-1], comparison)
     axes[0].set_yticks(range(len(names)), names)
@@ -232,6 +294,25 @@ def _draw_fractions(axis: Axes, spreads: list[Spread]) -> None:
         axis.barh(place, spread.mean, 0.6, color="tab:blue", alpha=0.5)
         axis.text(0.02, place, f"{spread.mean:.0%}", va="center", fontsize=8)
     axis.set_xlim(0, 1)
+
+
+def _draw_truth(axis: Axes, comparison: Comparison) -> None:
+    """How much worse than dense's every error is, with the 5th and 95th percentile."""
+    metrics = comparison.truth_metrics
+    for place, row in enumerate(comparison.variants):
+        for number, metric in enumerate(metrics):
+            change = row.truth_change[metric.name]
+            height = place + 0.8 * ((number + 0.5) / len(metrics) - 0.5)
+            color = f"C{number}"
+            label = _shown_name(metric).split(",")[0] if place == 0 else None
+            axis.plot([change.low, change.high], [height] * 2, color=color, linewidth=1)
+            axis.plot(change.value, height, "o", color=color, markersize=4, label=label)
+    axis.axvline(0, color="black", linestyle="--", linewidth=1)
+    from matplotlib.ticker import PercentFormatter
+
+    axis.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    axis.legend(fontsize=6, loc="best")
+    axis.set_title("errors against the truth,\nhow much worse than dense", fontsize=9)
 
 
 def _draw_speed(axis: Axes, comparison: Comparison) -> None:

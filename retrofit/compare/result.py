@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retrofit.compare.metrics import Metric
+from retrofit.compare.views import Change, TruthMetric
 from retrofit.patching import PatchReport
 from retrofit.recipe import Recipe
 from retrofit.timing import Spread
@@ -24,9 +25,12 @@ class Row:
         report: Sites patched and skipped, None for dense.
         keep_asked: The method's `keep` setting, where it has one.
         keep_measured: Mean fraction of query-key pairs computed, over the patched sites.
+        keep_by_site: The same for each of them.
         calls: Attention calls of the patched sites that ran `patched` and `dense` (too short,
             or decoding) while the kept fraction was measured.
         metrics: By name, one value an input against the dense output; empty for dense.
+        truth: By name, over all scenes whose truth is known; empty where none is.
+        truth_change: The same against dense's; empty for dense.
         seconds: One value for each input in each round.
         speed: Dense seconds over this variant's, for each input in each round; above 1 is faster.
         peak_bytes: Peak memory of a process of its own, where it was measured.
@@ -37,8 +41,11 @@ class Row:
     report: PatchReport | None = None
     keep_asked: float | None = None
     keep_measured: float | None = None
+    keep_by_site: Mapping[str, float] = field(default_factory=dict)
     calls: Mapping[str, int] = field(default_factory=dict)
     metrics: Mapping[str, Spread] = field(default_factory=dict)
+    truth: Mapping[str, float] = field(default_factory=dict)
+    truth_change: Mapping[str, Change] = field(default_factory=dict)
     seconds: Spread
     speed: Spread
     peak_bytes: int | None = None
@@ -59,6 +66,8 @@ class Comparison:
         machine: Device, dtype, versions, threads.
         load: Load average before and after.
         noisy: Whether dense times of equal inputs varied by more than a quarter.
+        truth_metrics: What the keys of `Row.truth` mean.
+        scenes: How many inputs have a known truth.
         attention_share: Attention's share of the dense model's FLOPs at this size, where known.
     """
 
@@ -72,6 +81,8 @@ class Comparison:
     machine: Mapping[str, Any]
     load: tuple[float | None, float | None]
     noisy: bool
+    truth_metrics: tuple[TruthMetric, ...] = ()
+    scenes: int = 0
     attention_share: float | None = None
 
     @property

@@ -216,7 +216,10 @@ class BlockSparse:
         )
 
     def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """Fraction of the pairs of visible tokens that the latest call computed."""
+        """Fraction of the pairs of visible tokens that the latest call computed.
+
+        A dropped block that is seen as its mean counts as one key.
+        """
         parts = self._arrange(query, key, None)
         block_map = self.choose_blocks(query, key) if self.block_map is None else self.block_map
         real = self.real
@@ -230,7 +233,10 @@ class BlockSparse:
         if parts.real is not None:
             rows = rows & shown[:, : parts.num_grid_keys]
         num_q, num_k = _sums(rows, block_q), _sums(shown, block_k)
-        pairs = (block_map * num_q[:, None, :, None] * num_k[:, None, None]).sum((2, 3)).mean(1)
+        seen = block_map * num_k[:, None, None]
+        if self.config.dropped == "mean":
+            seen = torch.where(block_map, seen, (num_k > 0)[:, None, None].to(seen.dtype))
+        pairs = (seen * num_q[:, None, :, None]).sum((2, 3)).mean(1)
         total = real.sum(1).double()
         pairs = pairs + self.grid.num_special_tokens * total
         return (pairs.sum() / (total**2).expand_as(pairs).sum()).item()

@@ -13,16 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.architectures.images import FitMode, ImageFit, load_images
+from retrofit.architectures.images import FitMode, ImageFit
 from retrofit.architectures.recognition import network_class
 from retrofit.architectures.vggt import head_dtype
 from retrofit.checkpoint import Checkpoint, find_checkpoint
 from retrofit.checkpoint.libraries import torch_dtype
-from retrofit.checkpoint.opening import check_weights, load_networks
+from retrofit.checkpoint.opening import load_networks
 from retrofit.errors import InputError, RetrofitError, UnsupportedError
 from retrofit.intercept import find_interceptor
 from retrofit.patching import Patch, patch
 from retrofit.recipe import Recipe
+from retrofit.reconstruct.fitting import Fitting, running_dtype, stored_dtype
 from retrofit.reconstruct.memory import MemoryModel, available_memory
 from retrofit.reconstruct.scene import Scene, to_scene
 
@@ -130,12 +131,8 @@ class Reconstructor:
                 f"reconstruct: expected two views or more, got {len(files)}. Name more images, a "
                 "folder, or a video."
             )
-        patch_size, trained = self._image_sizes()
-        mode = self.settings.fit or ("area" if self.name == "Pi3" else "crop")
-        size = self.settings.size or trained
-        return load_images(
-            files, mode=mode, size=size, patch_size=patch_size, max_pixels=_area(size, trained)
-        )
+        fitting = Fitting.of(self.checkpoint, size=self.settings.size, mode=self.settings.fit)
+        return fitting.load(files)
 
     def check_memory(self, images: Tensor) -> int:
         """Predict the peak before anything is computed.
@@ -169,7 +166,7 @@ class Reconstructor:
         """The network with its weights, patched where that was asked for; loaded once."""
         if self._model is None:
             self._model = load_networks(
-                self.checkpoint, [""], device=self.settings.device, dtype=self._dtype()
+                self.checkpoint, [""], device=self.settings.device, dtype=self._dtype
             )
             if self.what is not None:
                 self._patch = patch(self._model, self.what, sites=self.sites, **self.parameters)
@@ -220,28 +217,15 @@ class Reconstructor:
             predicted_bytes=needed,
         )
 
-    def _image_sizes(self) -> tuple[int, int]:
-        """Patch size and the width that the network was trained at, pixels."""
-        config = network_class(self.name).read_config(self.checkpoint.config(""))
-        trunk = config.encoder if self.name == "Pi3" else config.aggregator
-        return trunk.patch_size, trunk.img_size
-
-    def _dtype(self) -> str | None:
-        if self.settings.dtype is not None or not self.settings.device.startswith("cpu"):
-            return self.settings.dtype
-        return "float32" if self._stored_dtype in ("float16", "bfloat16") else None
-
     @functools.cached_property
-    def _stored_dtype(self) -> str:
-        """What the checkpoint's files hold."""
-        (weights,) = check_weights(self.checkpoint).values()
-        return weights.dtype
+    def _dtype(self) -> str | None:
+        return running_dtype(self.checkpoint, self.settings.device, self.settings.dtype)
 
     def _dtype_of(self, name: str) -> torch.dtype | None:
         """A weight's dtype once it is loaded."""
-        asked = self._dtype()
+        asked = self._dtype
         if asked is None:
-            return torch_dtype(self._stored_dtype)
+            return torch_dtype(stored_dtype(self.checkpoint))
         return head_dtype(torch_dtype(asked)) if name.startswith(HEADS) else torch_dtype(asked)
 
 
@@ -254,11 +238,6 @@ def _require_network(checkpoint: Checkpoint) -> str:
             "facebook/VGGT-1B, or the bundled `rooms`."
         )
     return class_name
-
-
-def _area(size: int, trained: int) -> int:
-    """Pixels of Pi3's own fitting, scaled with the size asked for."""
-    return round(255_000 * (size / 518) ** 2) if size != trained or trained != 518 else 255_000
 
 
 @contextmanager

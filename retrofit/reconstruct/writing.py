@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,7 @@ from retrofit.reconstruct.scene import Scene
 SCHEMA = 1
 DEEPEST = 65535  # of a 16-bit PNG; 0 is where there is no depth
 CONVENTIONS = {
+    "path": "of the photo, from this folder; null for frames of a video",
     "axes": "OpenCV: x right, y down, z into the scene; distances have no unit",
     "world_to_camera": "x_camera = R x_world + t, 3x4 [R | t]",
     "camera_to_world": "the inverse, 3x4",
@@ -79,7 +81,13 @@ def _sample(values: torch.Tensor, most: int = 1_000_000) -> torch.Tensor:
 
 
 def write_result(
-    result: Result, out: Path, *, drop: float = 0.1, most: int = 2_000_000, force: bool = False
+    result: Result,
+    out: Path,
+    *,
+    drop: float = 0.1,
+    most: int = 2_000_000,
+    force: bool = False,
+    lasting: bool = True,
 ) -> dict[str, Any]:
     """Write all files into a folder, whole or not at all.
 
@@ -89,6 +97,7 @@ def write_result(
         drop: As for `make_cloud`.
         most: As for `make_cloud`.
         force: Replace an earlier result.
+        lasting: Whether the photos stay where they are, so that `cameras.json` may say where.
 
     Returns:
         What was written, file by file, and how many points.
@@ -102,7 +111,7 @@ def write_result(
     cloud = make_cloud(scene, drop=drop, most=most)
     with new_folder(out, replace=force) as folder:
         scale = _write_depth(scene, folder)
-        _write_cameras(result, folder / "cameras.json", scale)
+        _write_cameras(result, folder / "cameras.json", scale, out if lasting else None)
         write_ply(cloud, folder / "points.ply")
         (folder / "colmap").mkdir()
         write_colmap(scene, cloud, folder / "colmap")
@@ -156,7 +165,7 @@ def _write_depth(scene: Scene, folder: Path) -> float:
     return scale
 
 
-def _write_cameras(result: Result, file: Path, depth_scale: float) -> None:
+def _write_cameras(result: Result, file: Path, depth_scale: float, out: Path | None) -> None:
     scene = result.scene
     height, width = scene.images.shape[-2:]
     frames = []
@@ -166,6 +175,7 @@ def _write_cameras(result: Result, file: Path, depth_scale: float) -> None:
         frames.append(
             {
                 "image": fit.path.name,
+                "path": None if out is None else os.path.relpath(fit.path.resolve(), out.resolve()),
                 "width": fit.width,
                 "height": fit.height,
                 "intrinsics": scene.photo_intrinsics()[index].tolist(),

@@ -17,18 +17,21 @@ from safetensors import safe_open
 
 from retrofit.architectures.cameras import unproject_depth
 from retrofit.architectures.vggt import VGGT
+from retrofit.checkpoint import find_checkpoint
+from retrofit.compare.scenes import read_scenes
 from retrofit.compare.views import (
-    TrueViews,
+    TrueScene,
     absolute_relative_error,
     compare_views,
     true_rotations,
 )
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.recipe import Recipe
+from retrofit.reconstruct.fitting import Fitting
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "rooms"
 MODEL = FOLDER / "model"
-NAMES = ("scenes", "render", "losses", "train", "evaluate")
+NAMES = ("scenes", "render", "losses", "train", "evaluate", "draw")
 MEGABYTE = 1_000_000
 
 
@@ -51,9 +54,9 @@ evaluate = _load("evaluate")
 
 
 @pytest.fixture(scope="module")
-def truth() -> TrueViews:
+def truth() -> list[TrueScene]:
     """Unseen rooms, eight views each."""
-    return evaluate.draw_truth(77, scenes=8, views=8)
+    return evaluate.draw_truth(77, rooms=8, views=8)
 
 
 def test_a_seed_gives_the_same_rooms_and_another_gives_others() -> None:
@@ -110,15 +113,16 @@ def test_the_files_are_small_and_in_half_precision() -> None:
     assert model.aggregator.grid((1, 16, 3, 64, 64)).num_tokens >= 1024
 
 
-def test_depth_and_cameras_of_unseen_rooms_are_right(truth: TrueViews) -> None:
-    assert true_rotations(truth.extrinsics).median() >= 25
+def test_depth_and_cameras_of_unseen_rooms_are_right(truth: list[TrueScene]) -> None:
+    between = torch.cat([true_rotations(scene.extrinsics) for scene in truth])
+    assert between.median() >= 25
     (dense,) = compare_views(VGGT.from_pretrained(MODEL).float(), {}, truth)
     assert dense.metrics["abs_rel"] < 0.15
     assert dense.metrics["rotation"] < 10
     assert dense.metrics["rra@15"] > 0.6
 
 
-def test_less_of_the_attention_is_worse_and_what_was_kept_is_said(truth: TrueViews) -> None:
+def test_less_of_the_attention_is_worse_and_what_was_kept_is_said(truth: list[TrueScene]) -> None:
     variants = {
         str(keep): Recipe(method=BlockSparseConfig(keep=keep, block_size=(32, 32)))
         for keep in (1.0, 0.5, 0.1)
@@ -129,7 +133,7 @@ def test_less_of_the_attention_is_worse_and_what_was_kept_is_said(truth: TrueVie
     kept = [row.keep_measured or 0.0 for row in rows]
     assert kept == sorted(kept, reverse=True)
     assert rows[2].metrics["points"] > dense.metrics["points"]
-    assert rows[2].change(dense)["points"] == pytest.approx(
+    assert rows[2].change(dense)["points"].value == pytest.approx(
         rows[2].metrics["points"] / dense.metrics["points"] - 1
     )
     assert len(rows[1].keep_by_site) == 6
@@ -175,11 +179,40 @@ def test_training_goes_on_from_its_state_and_from_finished_weights(tmp_path: Pat
     assert (tmp_path / "more" / "model" / "model.safetensors").is_file()
 
 
-def test_the_table_of_the_evaluation_has_a_row_for_each_variant() -> None:
-    command = [sys.executable, str(FOLDER / "evaluate.py"), "--scenes", "2", "--views", "3"]
-    command += ["--orders", "raster", "--keeps", "0.5", "--layers"]
+def _evaluate(work: Path, *keeps: str) -> str:
+    command = [sys.executable, str(FOLDER / "evaluate.py"), "--rooms", "2", "--views", "3"]
+    command += ["--orders", "raster", "--keeps", *keeps, "--layers", "--work", str(work)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert "| dense | 1 |" in done.stdout
-    assert "| raster 0.5 |" in done.stdout
-    assert "raster 0.5 by layer: " in done.stdout
+    return done.stdout
+
+
+def test_the_table_of_the_evaluation_has_a_row_for_each_variant_and_goes_on(tmp_path) -> None:
+    first = _evaluate(tmp_path, "0.5")
+    assert "| dense | 1 |" in first
+    assert "| raster 0.5 |" in first
+    assert "raster 0.5 by layer: " in first
+    kept = {file: file.stat().st_mtime_ns for file in tmp_path.iterdir()}
+    more = _evaluate(tmp_path, "0.5", "0.25")
+    assert set(first.splitlines()) < set(more.splitlines())
+    assert "| raster 0.25 |" in more
+    assert len(list(tmp_path.iterdir())) == len(kept) + 1
+    assert all(file.stat().st_mtime_ns == time for file, time in kept.items())
+
+
+def test_drawn_rooms_are_scenes_whose_truth_is_known(tmp_path: Path) -> None:
+    out = tmp_path / "rooms"
+    command = [sys.executable, str(FOLDER / "draw.py"), "--rooms", "2", "--views", "3"]
+    done = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    first, second = read_scenes([out], Fitting.of(find_checkpoint("rooms")))
+    assert first.name == "room000"
+    assert not torch.equal(first.images, second.images)
+    drawn = render.render_views(10_000_000 + 1000, 1, 3, 64)
+    assert first.truth is not None
+    assert first.truth.depth is not None
+    assert torch.equal(first.truth.depth, drawn.depth[0])
+    assert torch.allclose(first.truth.extrinsics, drawn.extrinsics[0], atol=1e-5)
+    assert (first.images - drawn.images[0]).abs().max() < 1 / 255
+    again = subprocess.run([*command, "-o", str(out)], capture_output=True, text=True, check=False)
+    assert "exists already" in again.stderr

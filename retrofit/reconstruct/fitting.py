@@ -1,0 +1,75 @@
+"""How photos are fitted to a network of views, and in which precision it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from retrofit.architectures.images import FitMode, ImageFit, load_images
+from retrofit.architectures.recognition import network_class
+from retrofit.checkpoint import Checkpoint
+from retrofit.checkpoint.opening import check_weights
+
+PI3_PIXELS = 255_000  # of a photo, at most, at the width that Pi3 was trained at
+
+
+@dataclass(frozen=True, kw_only=True)
+class Fitting:
+    """The arguments of `load_images`."""
+
+    mode: FitMode
+    size: int
+    patch_size: int
+    max_pixels: int
+
+    @classmethod
+    def of(
+        cls, checkpoint: Checkpoint, *, size: int | None = None, mode: FitMode | None = None
+    ) -> Fitting:
+        """As a checkpoint takes them, whose network is a VGGT or a Pi3.
+
+        Args:
+            checkpoint: Its config is read.
+            size: Width in pixels; None takes what it was trained at.
+            mode: None takes the network's own.
+        """
+        _, name = checkpoint.classes[""]
+        config = network_class(name).read_config(checkpoint.config(""))
+        trunk = config.encoder if name == "Pi3" else config.aggregator
+        width = size or trunk.img_size
+        scale = 1 if width == trunk.img_size == 518 else (width / 518) ** 2
+        return cls(
+            mode=mode or ("area" if name == "Pi3" else "crop"),
+            size=width,
+            patch_size=trunk.patch_size,
+            max_pixels=round(PI3_PIXELS * scale),
+        )
+
+    def load(self, files: Sequence[str | Path]) -> tuple[Tensor, list[ImageFit]]:
+        """Photos `[N, 3, H, W]` in [0, 1], and how each was fitted."""
+        return load_images(
+            files,
+            mode=self.mode,
+            size=self.size,
+            patch_size=self.patch_size,
+            max_pixels=self.max_pixels,
+        )
+
+
+def stored_dtype(checkpoint: Checkpoint) -> str:
+    """What a checkpoint's files hold."""
+    (weights,) = check_weights(checkpoint).values()
+    return weights.dtype
+
+
+def running_dtype(checkpoint: Checkpoint, device: str, asked: str | None) -> str | None:
+    """The dtype to load in; None keeps the checkpoint's own.
+
+    A CPU computes in half precisions slowly, so that they become float32 there unless asked for.
+    """
+    if asked is not None or not device.startswith("cpu"):
+        return asked
+    return "float32" if stored_dtype(checkpoint) in ("float16", "bfloat16") else None
