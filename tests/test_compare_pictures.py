@@ -40,7 +40,7 @@ def rows():
 
 
 def test_every_prompt_is_drawn_at_the_training_size_dense_and_patched(rows) -> None:
-    assert [row.name for row in rows] == ["dense at 128x128, as trained", "dense", "long"]
+    assert [row.name for row in rows] == ["dense, training size", "dense", "long"]
     assert [row.size for row in rows] == [(128, 128), (256, 192), (256, 192)]
     assert all([p.prompt for p in row.pictures] == list(ask().prompts) for row in rows)
     assert rows[0].speed is None
@@ -86,9 +86,9 @@ def test_the_judge_sees_pixels_and_prompt(tmp_path: Path, rows) -> None:
 def test_the_sheet_has_a_line_for_each_row(tmp_path: Path, rows) -> None:
     draw_sheet(rows, tmp_path / "sheet.png")
     with Image.open(tmp_path / "sheet.png") as sheet:
-        assert sheet.size == (2 * 192, 3 * (192 + 30))
+        assert sheet.size == (3 * 192, 3 * (192 + 46))
         pixels = np.asarray(sheet.convert("RGB"))
-    assert all(pixels[i * 222 + 60 : i * 222 + 200, 20:180].std() > 5 for i in range(3))
+    assert all(pixels[i * 238 + 60 : i * 238 + 220, 20:180].std() > 5 for i in range(3))
 
 
 def test_the_command_draws_judges_and_says_so(

@@ -27,7 +27,7 @@ from retrofit.timing import Spread
 
 DENSE = "dense"
 WARM_UP_STEPS = 3
-CELL, LABEL = 192, 30  # pixels of a contact sheet
+CELL, LABEL, LEAST_COLUMNS = 192, 46, 3  # pixels of a contact sheet
 Z = 1.96  # of a 95% interval
 
 Judge = Callable[[NDArray[np.uint8], str], Mapping[str, float]]
@@ -114,7 +114,7 @@ def _plan(generator: Generator, variants: Mapping[str, Recipe]) -> dict[str, _Pl
     native = native_size(generator.checkpoint)
     plan: dict[str, _Planned] = {}
     if native is not None and native != asked:
-        plan[f"dense at {native[0]}x{native[1]}, as trained"] = _Planned(size=native)
+        plan["dense, training size"] = _Planned(size=native)
     plan[DENSE] = _Planned(size=asked)
     return plan | {name: _Planned(size=asked, recipe=recipe) for name, recipe in variants.items()}
 
@@ -239,6 +239,11 @@ def _score_cell(scores: Spread) -> str:
     return f"{right}/{count} ({low:.0%} to {high:.0%})"
 
 
+def _short(scores: Spread) -> str:
+    counted = rate(scores)
+    return f"{scores.mean:.3g}" if counted is None else f"{counted[0]} of {counted[1]}"
+
+
 def to_dict(row: PictureRow) -> dict[str, Any]:
     """As plain data, without pixels."""
     scores: dict[str, Any] = {}
@@ -259,15 +264,16 @@ def to_dict(row: PictureRow) -> dict[str, Any]:
 
 def draw_sheet(rows: Sequence[PictureRow], file: Path) -> None:
     """Write a contact sheet: a line of pictures for each row, its time and scores above it."""
-    columns = max(len(row.pictures) for row in rows)
+    columns = max(LEAST_COLUMNS, *(len(row.pictures) for row in rows))
     sheet = Image.new("RGB", (columns * CELL, len(rows) * (CELL + LABEL)), "white")
     draw = ImageDraw.Draw(sheet)
     for i, row in enumerate(rows):
         top = i * (CELL + LABEL)
-        words = [f"{row.name}, {row.size[0]}x{row.size[1]}", f"{row.seconds.median:.1f} s each"]
-        words += [f"{name} {_score_cell(spread)}" for name, spread in row.scores.items()]
-        text = f"{words[0]}: {', '.join(words[1:])}"
-        draw.text((6, top + 6), text, fill="black", font_size=16)
+        width, height = row.size
+        name = f"{row.name}: {width}x{height}, {row.seconds.median:.1f} s each"
+        draw.text((6, top + 4), name, fill="black", font_size=16)
+        scores = [f"{name} {_short(spread)}" for name, spread in row.scores.items()]
+        draw.text((6, top + 25), ", ".join(scores), fill="black", font_size=13)
         for j, picture in enumerate(row.pictures):
             width, height = picture.image.size
             scale = (CELL - 4) / max(width, height)
