@@ -170,11 +170,12 @@ def tomesd_run(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any] | 
     if reason := import_failure("tomesd"):
         return Missing(name=TOMESD, reason=reason)
     tomesd = importlib.import_module("tomesd")
+    rest = {name: value for name, value in inputs.items() if name != "sample"}
 
     def run() -> Any:
         tomesd.apply_patch(model, ratio=MERGED)
         try:
-            return model(**inputs)
+            return model(inputs["sample"], **rest)  # its hook looks for positional arguments
         finally:
             tomesd.remove_patch(model)
 
