@@ -55,7 +55,8 @@ def make_variants(arguments: argparse.Namespace) -> dict[str, dict[str, Any]]:
         order: {"order": order, "block_size": [arguments.block] * 2} for order in arguments.orders
     }
     for name in arguments.recipes:
-        bases[name] = Recipe.read(shipped_recipes()[name]).to_dict()["parameters"]
+        settings = Recipe.read(shipped_recipes()[name]).to_dict()["parameters"]
+        bases[name] = settings | {"block_size": [arguments.recipe_block] * 2}
     return {
         f"{name} {keep:g}": settings | json.loads(arguments.more) | {"keep": keep}
         for name, settings in bases.items()
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--recipes", nargs="*", default=[], help="shipped ones, by name")
     parser.add_argument("--keeps", type=float, nargs="*", default=[0.75, 0.5, 0.35, 0.25, 0.15])
     parser.add_argument("--block", type=int, default=32, help="tokens of a block of the orders")
+    parser.add_argument("--recipe-block", type=int, default=8, help="the same, of the recipes")
     parser.add_argument("--more", default="{}", help="further settings of the method, JSON")
     parser.add_argument("--layers", action="store_true", help="print what each site kept")
     parser.add_argument("--seed", type=int, default=1)

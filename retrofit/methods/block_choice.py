@@ -11,6 +11,8 @@ from torch.nn.functional import pad
 
 from retrofit.kernels import select_by_score
 
+Selection = Literal["mass", "error"]
+
 
 def visible_keys(mask: Tensor) -> Tensor:
     """Keys that any query sees, `[B', H', S', S]` to bool `[B', S]`."""
@@ -27,6 +29,7 @@ def choose_under_mask(  # noqa: PLR0913 - the arguments of `select_blocks` and a
     mass: float | None,
     pooling: Literal["avg", "max"],
     scale: float | None,
+    selection: Selection = "mass",
 ) -> Tensor:
     """As `retrofit.kernels.select_blocks`, among the blocks that the mask shows.
 
@@ -43,6 +46,8 @@ def choose_under_mask(  # noqa: PLR0913 - the arguments of `select_blocks` and a
         mass: Cumulated softmax mass, or None.
         pooling: "avg" or "max".
         scale: Factor on the products, `D ** -0.5` when None.
+        selection: Blocks of the most `mass`, or those whose mean is worst for them (`error`): mass
+            times the variance that a block's scores have, were keys and queries uncorrelated.
 
     Returns:
         bool `[B, H, ceil(S / block_q), ceil(S / block_k)]`.
@@ -52,18 +57,38 @@ def choose_under_mask(  # noqa: PLR0913 - the arguments of `select_blocks` and a
     pooled_q, pooled_k = _pool(query, real, block_q, pooling), _pool(key, real, block_k, pooling)
     pooled_k = pooled_k.repeat_interleave(query.shape[1] // key.shape[1], 1)
     scores = pooled_q @ pooled_k.transpose(-1, -2)
-    scores = scores * (query.shape[-1] ** -0.5 if scale is None else scale)
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    scores = scores * factor
+    if selection == "error":
+        scores = scores + _score_variance(query, key, real, block_size, factor).log()
     visible = _visible_blocks(mask, block_size)
     scores = scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0)
     wanted = visible.sum(-1, keepdim=True).double() * (keep or 0.0)
     ranked = scores.masked_fill(~visible, -1.0).argsort(dim=-1, descending=True, stable=True)
-    chosen = ranked.argsort(-1) < wanted.floor().clamp(min=1)
+    places = torch.arange(ranked.shape[-1], device=ranked.device)
+    chosen = (places < wanted.floor().clamp(min=1)).expand_as(ranked)
+    chosen = torch.zeros_like(chosen).scatter(-1, ranked, chosen)
     if mass is not None:
         chosen = chosen | select_by_score(scores, mass=mass)
     if mask.shape[2] > 1:
         rows_differ = (mask != mask[:, :, :1]).any()
         chosen = chosen | (_own_blocks(chosen, block_size) & rows_differ)
     return chosen & visible
+
+
+def _score_variance(
+    query: Tensor, key: Tensor, real: Tensor, block_size: tuple[int, int], scale: float
+) -> Tensor:
+    """Variance of a query's scores over a key block, mean over a query block, `[B, H, n_q, n_k]`.
+
+    The channels of a block's keys are taken as uncorrelated.
+    """
+    mean = _pool(key, real, block_size[1], "avg")
+    square = _pool(key.to(mean.dtype).square(), real, block_size[1], "avg")
+    spread = (square - mean.square()).clamp(min=0)
+    strength = _pool(query.to(mean.dtype).square(), real, block_size[0], "avg")
+    spread = spread.repeat_interleave(query.shape[1] // key.shape[1], 1)
+    return (strength @ spread.mT * scale**2).clamp(min=torch.finfo(mean.dtype).tiny)
 
 
 def _is_visible(mask: Tensor) -> Tensor:

@@ -2,8 +2,8 @@
 
 Paper: https://arxiv.org/abs/2509.07120 (block-sparse global attention). Departure: every query sees
 every special key; the original shows the special keys that share a block with the last grid tokens
-only where that block is chosen (`upstream_selection`). `borders`, `dropped`
-and `layer_keep` are beyond the paper.
+only where that block is chosen (`upstream_selection`). `borders`, `dropped`,
+`selection` and `layer_keep` are beyond the paper.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.grid import TokenGrid
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_blocks
 from retrofit.methods.base import DENSE, Method, Operator
-from retrofit.methods.block_choice import choose_under_mask, visible_keys
+from retrofit.methods.block_choice import Selection, choose_under_mask, visible_keys
 from retrofit.methods.block_layout import (
     Arranged,
     Borders,
@@ -54,6 +54,8 @@ class BlockSparseConfig(Method):
             order="tiles"), at the end of each tile. `none` lets a block run on into the next.
         dropped: What a query sees of the blocks that it does not attend to: `nothing`, or their
             `mean`, which costs one key more a block.
+        selection: Which blocks are attended to: those of the most softmax `mass`, or (with
+            dropped="mean") those whose mean stands for them worst, `error`.
         layer_keep: `keep` for each layer in turn, instead of one for all; 1.0 leaves one dense.
         upstream_selection: Cut blocks over grid and special keys together, as the original does.
     """
@@ -72,6 +74,7 @@ class BlockSparseConfig(Method):
     order: TokenOrder = "raster"
     borders: Borders = "none"
     dropped: Literal["nothing", "mean"] = "nothing"
+    selection: Selection = "mass"
     layer_keep: tuple[float, ...] | None = None
     upstream_selection: bool = False
 
@@ -90,6 +93,8 @@ class BlockSparseConfig(Method):
             problems.append(f"block_size: expected 1 or more, got {self.block_size}.")
         if self.borders == "tiles" and self.order != "tiles":
             problems.append(f"borders: tiles needs order tiles, got order {self.order}.")
+        if self.selection == "error" and self.dropped != "mean":
+            problems.append(f"selection: error needs dropped mean, got {self.dropped}.")
         if self.upstream_selection and self.borders != "none":
             problems.append(f"upstream_selection: needs borders none, got {self.borders}.")
         for keep in self.layer_keep or ():
@@ -262,8 +267,14 @@ class BlockSparse:
         num_tokens = parts.num_grid_keys
         choose = select_blocks
         mask = parts.mask if parts.real is None else join_masks(parts.mask, parts.shown)
+        if mask is None and self.config.selection == "error":
+            mask = torch.ones_like(parts.tokens, dtype=torch.bool).view(1, 1, 1, -1)
         if mask is not None:
-            choose = functools.partial(choose_under_mask, mask=mask[..., :num_tokens])
+            choose = functools.partial(
+                choose_under_mask,
+                mask=mask[..., :num_tokens],
+                selection=self.config.selection,
+            )
         block_map = choose(
             parts.query,
             parts.key[:, :, :num_tokens],

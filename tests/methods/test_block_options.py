@@ -122,6 +122,50 @@ def test_a_dropped_block_is_seen_as_its_mean(grid: TokenGrid, borders) -> None:
     torch.testing.assert_close(out, expected)
 
 
+@pytest.mark.parametrize(("order", "borders"), [*BORDERS, ("raster", "none")])
+def test_blocks_whose_mean_is_worst_are_kept(order, borders) -> None:
+    config = BlockSparseConfig(
+        keep=0.3, block_size=(4, 4), order=order, borders=borders, dropped="mean", selection="error"
+    )
+    weights, call, operator = weights_of(config, VIEWS)
+    _, tokens = split_positions(VIEWS)
+    numbers = block_of(VIEWS, config)
+    blocks = [tokens[numbers == number] for number in numbers.unique()]
+    scale = call.query.shape[-1] ** -0.5
+    mass, spread = torch.zeros(2, 2, 2, len(blocks), len(blocks), dtype=torch.float64)
+    for row, queries in enumerate(blocks):
+        for column, keys in enumerate(blocks):
+            query, key = call.query[:, :, queries], call.key[:, :, keys]
+            mass[:, :, row, column] = (query.mean(2) * key.mean(2)).sum(-1) * scale
+            variance = key.var(2, unbiased=False, keepdim=True)
+            spread[:, :, row, column] = (query**2 * variance).sum(-1).mean(2) * scale**2
+    count = max(1, int(0.3 * len(blocks)))
+    best = (mass.exp() * spread).topk(count).indices
+    expected = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, value=True)
+    chosen = operator.choose_blocks(call.query, call.key)[..., : len(blocks)]
+    rows = chosen[:, :, chosen.any(-1)[0, 0]][:, :, : len(blocks)]
+    assert torch.equal(rows[..., : len(blocks)], expected)
+
+
+@pytest.mark.parametrize("borders", ["none", "frames"])
+def test_a_mean_counts_as_one_key(borders) -> None:
+    config = BlockSparseConfig(keep=0.25, block_size=(8, 4), borders=borders)
+    call = make_call(config, VIEWS)
+    plain = config.build(call.site, VIEWS, call.state)
+    means = dataclasses.replace(config, dropped="mean").build(call.site, VIEWS, call.state)
+    blocks = len(block_of(VIEWS, config).unique())
+    columns = 27 if borders == "none" else 30  # each frame's last block is filling alone
+    kept = plain.choose_blocks(call.query, call.key)[..., :columns].sum(-1).double()
+    rows = torch.full((kept.shape[-1],), 8.0, dtype=torch.float64)
+    if borders == "none":
+        rows[-1] = VIEWS.num_grid_tokens - 8 * (len(rows) - 1)
+    else:
+        rows = torch.tensor([8.0, 8, 8, 8, 3] * 3, dtype=torch.float64)
+    extra = ((blocks - kept) * rows).sum(-1).mean() / VIEWS.num_tokens**2
+    without = plain.keep_fraction(call.query, call.key)
+    assert means.keep_fraction(call.query, call.key) == pytest.approx(without + extra.item())
+
+
 def test_means_leave_out_hidden_keys() -> None:
     config = BlockSparseConfig(keep=0.25, block_size=(8, 4), dropped="mean")
     mask = (torch.arange(61) < torch.tensor([61, 38])[:, None])[:, None, None]
@@ -183,6 +227,7 @@ def test_a_layer_without_a_value_is_an_error_that_names_it() -> None:
     [
         ({"borders": "tiles"}, "tiles needs order tiles"),
         ({"borders": "frames", "upstream_selection": True}, "needs borders none"),
+        ({"selection": "error"}, "error needs dropped mean, got nothing"),
         ({"layer_keep": (0.5, 1.5)}, "layer_keep: expected 0 < keep <= 1"),
     ],
 )
