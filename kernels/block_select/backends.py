@@ -25,9 +25,12 @@ def answers(probe: Probe) -> dict[str, Support]:
 OPERATORS[OPERATOR] = answers
 
 
-def backend_for(x: Tensor) -> str:
+def backend_for(x: Tensor, *others: Tensor) -> str:
     """The backend that runs a call: PyTorch while tracing, when a tensor holds no numbers."""
-    if torch.compiler.is_compiling() or type(x) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling():
         return "torch"
+    for y in (x, *others):
+        if type(y) not in (Tensor, torch.nn.Parameter) or y.dtype != x.dtype:
+            return "torch"
     probe = Probe(device=x.device.type, dtype=x.dtype, head_dim=x.shape[-1])
     return choose_backend(OPERATOR, probe)

@@ -1,4 +1,4 @@
-"""Pools and selection by the native kernel."""
+"""Pools, their scores and the selection by the native kernel."""
 
 from __future__ import annotations
 
@@ -36,6 +36,22 @@ class PoolCall(ctypes.Structure):
         ("dtype", _int),
         ("is_max", _int),
         ("threads", _int),
+    )
+
+
+class ScoreCall(ctypes.Structure):
+    """Mirrors `ScoreCall` in native.c."""
+
+    _fields_ = (
+        ("queries", _pointer),
+        ("keys", _pointer),
+        ("scores", _pointer),
+        ("groups", _long),
+        ("rows", _long),
+        ("columns", _long),
+        ("dim", _long),
+        ("threads", _int),
+        ("scale", ctypes.c_float),
     )
 
 
@@ -86,6 +102,35 @@ def pool_natively(x: Tensor, block: int, pooling: str) -> Tensor:
     return pools
 
 
+def score_natively(pooled_q: Tensor, pooled_k: Tensor, scale: float) -> Tensor:
+    """Softmax over keys of the products of pools, float32.
+
+    Args:
+        pooled_q: float32 `[B, H, n_q, D]`.
+        pooled_k: float32 `[B, H_kv, n_k, D]`.
+        scale: Factor on the products.
+
+    Returns:
+        float32 `[B, H, n_q, n_k]`.
+    """
+    (batch, heads, num_q, dim), (_, kv_heads, num_k, _) = pooled_q.shape, pooled_k.shape
+    pooled_q, pooled_k = pooled_q.contiguous(), pooled_k.contiguous()
+    scores = torch.empty(batch, heads, num_q, num_k)
+    call = ScoreCall(
+        queries=pooled_q.data_ptr(),
+        keys=pooled_k.data_ptr(),
+        scores=scores.data_ptr(),
+        groups=batch * kv_heads,
+        rows=heads // kv_heads * num_q,
+        columns=num_k,
+        dim=dim,
+        threads=_threads(scores.numel() * dim // 8),
+        scale=scale,
+    )
+    _run("retrofit_score", call)
+    return scores
+
+
 def select_natively(scores: Tensor, fewest: Tensor, limit: Tensor | None, crossing: str) -> Tensor:
     """Best entries of each row.
 
@@ -123,9 +168,9 @@ def _threads(elements: int) -> int:
 def _run(name: str, call: Any) -> None:
     library, reason = load_library(SOURCE)
     assert library is not None, reason
-    which = int(isinstance(call, SelectCall))
+    which = (PoolCall, ScoreCall, SelectCall).index(type(call))
     assert library.retrofit_select_sizes(which) == ctypes.sizeof(call)
     if getattr(library, name)(ctypes.byref(call)):
         raise RetrofitError(
-            "select_blocks: expected memory to sort a row of scores, got none. Free memory."
+            "select_blocks: expected memory for a copy of the pooled keys, got none. Free memory."
         )

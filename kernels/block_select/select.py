@@ -10,7 +10,11 @@ from torch import Tensor
 
 from retrofit.errors import ConfigError
 from retrofit.kernels.block_select.backends import backend_for
-from retrofit.kernels.block_select.native import pool_natively, select_natively
+from retrofit.kernels.block_select.native import (
+    pool_natively,
+    score_natively,
+    select_natively,
+)
 from retrofit.kernels.block_select.triton_route import MAX_COLUMNS, select_by_triton
 from retrofit.kernels.block_sparse.lists import check_block_size
 
@@ -52,8 +56,11 @@ def pooled_scores(
         ConfigError: If an argument does not fit.
     """
     block_q, block_k = _check_call(query, key, block_size, pooling, "pooled_scores")
-    pooled_q, pooled_k = _pool(query, block_q, pooling), _pool(key, block_k, pooling)
-    return _score(pooled_q, pooled_k, query.shape[-1] ** -0.5 if scale is None else scale)
+    backend = backend_for(query, key)
+    pooled_q = _pool(query, block_q, pooling, backend)
+    pooled_k = _pool(key, block_k, pooling, backend)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return _score(pooled_q, pooled_k, scale, backend)
 
 
 def select_blocks(
@@ -104,18 +111,25 @@ def select_blocks(
     keep = _check_fraction(keep, "keep", heads, where, query.device)
     mass = _check_fraction(mass, "mass", heads, where, query.device)
     _check_rule(keep, mass, crossing, min_blocks, where)
-    pooled_q, pooled_k = _pool(query, block_q, pooling), _pool(key, block_k, pooling)
+    backend = backend_for(query, key)
+    pooled_q = _pool(query, block_q, pooling, backend)
+    pooled_k = _pool(key, block_k, pooling, backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # a sort needs about five times the scores
     row_bytes = 20 * heads[0] * heads[1] * pooled_k.shape[2]
     step = max(1, CHUNK_BYTES // row_bytes)
     parts = [
         _select(
-            _score(pooled_q[:, :, i : i + step], pooled_k, scale), keep, mass, crossing, min_blocks
+            _score(pooled_q[:, :, i : i + step], pooled_k, scale, backend),
+            keep,
+            mass,
+            crossing,
+            min_blocks,
+            backend,
         )
         for i in range(0, pooled_q.shape[2], step)
     ]
-    return torch.cat(parts, dim=2)
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=2)
 
 
 def select_by_score(
@@ -146,12 +160,12 @@ def select_by_score(
     keep = _check_fraction(keep, "keep", heads, where, scores.device)
     mass = _check_fraction(mass, "mass", heads, where, scores.device)
     _check_rule(keep, mass, crossing, min_blocks, where)
-    return _select(scores, keep, mass, crossing, min_blocks)
+    return _select(scores, keep, mass, crossing, min_blocks, backend_for(scores))
 
 
-def _pool(x: Tensor, block: int, pooling: Pooling) -> Tensor:
+def _pool(x: Tensor, block: int, pooling: Pooling, backend: str) -> Tensor:
     """Pool tokens per block in float32 or wider: `[B, H, S, D]` to `[B, H, ceil(S / block), D]`."""
-    if backend_for(x) == "native":
+    if backend == "native":
         return pool_natively(x, block, pooling)
     length = x.shape[2]
     whole = length // block * block
@@ -168,7 +182,9 @@ def _pool_axis(x: Tensor, axis: int, pooling: Pooling) -> Tensor:
     return x.mean(dim=axis, dtype=wide) if pooling == "avg" else x.amax(dim=axis).to(wide)
 
 
-def _score(pooled_q: Tensor, pooled_k: Tensor, scale: float) -> Tensor:
+def _score(pooled_q: Tensor, pooled_k: Tensor, scale: float, backend: str) -> Tensor:
+    if backend == "native":
+        return score_natively(pooled_q, pooled_k, scale)
     batch, heads, num_q, dim = pooled_q.shape
     kv_heads = pooled_k.shape[1]
     stacked = pooled_q.reshape(batch, kv_heads, -1, dim)
@@ -182,26 +198,25 @@ def _select(
     mass: float | Tensor | None,
     crossing: Crossing,
     min_blocks: int,
+    backend: str,
 ) -> Tensor:
     num_k = scores.shape[-1]
-    fewest = torch.full(
-        (*scores.shape[:2], 1, 1), min(min_blocks, num_k), dtype=torch.int64, device=scores.device
-    )
+    least = min(min_blocks, num_k)
+    if isinstance(keep, float):
+        least = max(least, int(num_k * keep))
+    shape = scores.shape[:2]
+    fewest = torch.full((*shape, 1, 1), least, dtype=torch.int64, device=scores.device)
     if isinstance(keep, Tensor):
         fewest = fewest.maximum((keep * num_k).floor().long())
-    elif keep is not None:
-        fewest = fewest.clamp(min=int(num_k * keep))
     limit = None
     if mass is not None:
         limit = torch.as_tensor(mass, dtype=scores.dtype, device=scores.device)
         limit = limit + MASS_EPS if crossing == "drop" else limit
-    name = backend_for(scores)
     # both kernels read float32; other scores, and very long rows, are sorted
-    is_long = name == "triton" and num_k > MAX_COLUMNS
-    if name != "torch" and scores.dtype == torch.float32 and not is_long and scores.numel():
-        shape = scores.shape[:2]
+    is_long = backend == "triton" and num_k > MAX_COLUMNS
+    if backend != "torch" and scores.dtype == torch.float32 and not is_long and scores.numel():
         limit = None if limit is None else limit.expand(*shape, 1, 1).reshape(shape)
-        select = select_by_triton if name == "triton" else select_natively
+        select = select_by_triton if backend == "triton" else select_natively
         return select(scores, fewest.view(shape), limit, crossing)
     ordered, order = torch.sort(scores, dim=-1, descending=True, stable=True)
     counts = fewest
@@ -244,6 +259,8 @@ def _check_fraction(
     """Return a float, or a float64 tensor that broadcasts over `[B, H, n_q, n_k]`."""
     if value is None:
         return None
+    if isinstance(value, (int, float)) and 0 < value <= 1:
+        return float(value)  # the common case, without a tensor
     place = value.device if isinstance(value, Tensor) else "cpu"  # also where meta is the default
     given = torch.as_tensor(value, dtype=torch.float64, device=place)
     wanted = "0 < keep <= 1" if name == "keep" else "0 <= mass <= 1"

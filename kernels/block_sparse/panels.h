@@ -55,42 +55,6 @@ typedef struct {
 
 INLINE int64_t size_of(const Call *c) { return c->dtype == FLOAT32 ? 4 : 2; }
 
-/* Half of a butterfly: lanes `l` of the result come from lane FIRST or SECOND of the pair (a, b). */
-#define FIRST(l, s) ((l) & (s) ? VL + (l) - (s) : (l))
-#define SECOND(l, s) ((l) & (s) ? VL + (l) : (l) + (s))
-#if VECTOR_BYTES == 64
-#define LANES(f, s)                                                                                \
-    f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s),      \
-        f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
-#elif VECTOR_BYTES == 32
-#define LANES(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
-#else
-#define LANES(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
-#endif
-#if defined(__clang__)
-#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, LANES(f, s))
-#else
-#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (vi){LANES(f, s)})
-#endif
-#define BUTTERFLY(x, s)                                                                            \
-    UNROLL for (int i = 0; i < VL; i++)                                                                   \
-        if (!(i & (s))) {                                                                          \
-            vf low = SHUFFLE(x[i], x[i + (s)], FIRST, s), high = SHUFFLE(x[i], x[i + (s)], SECOND, s); \
-            x[i] = low;                                                                            \
-            x[i + (s)] = high;                                                                     \
-        }
-
-INLINE void transpose(vf x[VL]) {
-    BUTTERFLY(x, 1)
-    BUTTERFLY(x, 2)
-#if VECTOR_BYTES >= 32
-    BUTTERFLY(x, 4)
-#endif
-#if VECTOR_BYTES >= 64
-    BUTTERFLY(x, 8)
-#endif
-}
-
 /* The 32 bits of a packed key: a float, or two consecutive bfloat16 elements for dot products. */
 INLINE uint32_t load_word(const Job *job, const void *src, int64_t row, int64_t d) {
     const Call *c = job->call;

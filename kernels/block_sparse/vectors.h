@@ -224,6 +224,42 @@ INLINE void store_floats(void *dst, int64_t at, vf x, int dtype) {
     for (int i = 0; i < VL; i++) to[i] = dtype == BFLOAT16 ? to_bfloat(x[i]) : to_half(x[i]);
 }
 
+/* Half of a butterfly: lanes `l` of the result come from lane FIRST or SECOND of the pair (a, b). */
+#define FIRST(l, s) ((l) & (s) ? VL + (l) - (s) : (l))
+#define SECOND(l, s) ((l) & (s) ? VL + (l) : (l) + (s))
+#if VECTOR_BYTES == 64
+#define LANES(f, s)                                                                                \
+    f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s),      \
+        f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
+#elif VECTOR_BYTES == 32
+#define LANES(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#else
+#define LANES(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#endif
+#if defined(__clang__)
+#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, LANES(f, s))
+#else
+#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (vi){LANES(f, s)})
+#endif
+#define BUTTERFLY(x, s)                                                                            \
+    UNROLL for (int i = 0; i < VL; i++)                                                                   \
+        if (!(i & (s))) {                                                                          \
+            vf low = SHUFFLE(x[i], x[i + (s)], FIRST, s), high = SHUFFLE(x[i], x[i + (s)], SECOND, s); \
+            x[i] = low;                                                                            \
+            x[i + (s)] = high;                                                                     \
+        }
+
+INLINE void transpose(vf x[VL]) {
+    BUTTERFLY(x, 1)
+    BUTTERFLY(x, 2)
+#if VECTOR_BYTES >= 32
+    BUTTERFLY(x, 4)
+#endif
+#if VECTOR_BYTES >= 64
+    BUTTERFLY(x, 8)
+#endif
+}
+
 /* Large buffers come in large pages where the system has them: fewer faults, fewer misses. */
 static void *allocate(size_t bytes) {
     const size_t huge = (size_t)2 << 20;

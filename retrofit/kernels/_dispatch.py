@@ -75,8 +75,10 @@ def forced_backend(operator: str, wanted: str | None = None) -> str | None:
             operator has that of `RETROFIT_BACKEND`.
     """
     name = wanted or os.environ.get("RETROFIT_BACKEND") or None
+    if name is None:
+        return None
     own = _backend_names(operator)
-    if name is None or name in own:
+    if name in own:
         return name
     everywhere = {other for each in OPERATORS for other in _backend_names(each)}
     if not wanted and name in everywhere:

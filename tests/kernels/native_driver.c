@@ -315,10 +315,35 @@ static int one_window(int dtype) {
     return failed;
 }
 
+/* Pools against themselves. */
+static int scores_are_right(const float *pools, int64_t groups, int64_t count, int64_t dim) {
+    ScoreCall c = {.queries = pools, .keys = pools, .groups = groups, .rows = count};
+    c.columns = count;
+    c.dim = dim;
+    c.threads = 1 + (int)below(3);
+    c.scale = 0.3f;
+    c.scores = exactly(4 * (size_t)(groups * count * count));
+    int right = retrofit_score(&c) == 0;
+    for (int64_t row = 0; row < groups * count; row++) {
+        const float *q = pools + row * dim, *k = pools + row / count * count * dim;
+        double sum = 0, *weights = exactly(sizeof(double) * (size_t)count);
+        for (int64_t j = 0; j < count; j++) {
+            double score = 0;
+            for (int64_t d = 0; d < dim; d++) score += (double)q[d] * k[j * dim + d];
+            sum += weights[j] = exp(score * 0.3);
+        }
+        for (int64_t j = 0; j < count; j++)
+            right &= fabs(c.scores[row * count + j] - weights[j] / sum) <= 1e-5;
+        free(weights);
+    }
+    free(c.scores);
+    return right;
+}
+
 /* Pools of a bounded number of tokens, and counts of what is kept. */
 static int one_selection(int dtype) {
     PoolCall c = {.batch = 1 + below(2), .heads = 1 + below(3), .length = 1 + below(200)};
-    c.dim = 1 + below(50);
+    c.dim = 1 + below(90);
     c.block = 1 + below(70);
     c.dtype = dtype;
     c.is_max = (int)below(2);
@@ -333,6 +358,7 @@ static int one_selection(int dtype) {
     int failed = retrofit_pool(&c) != 0;
     for (int64_t i = 0; i < c.batch * c.heads * blocks * c.dim; i++)
         failed |= !(fabsf(c.pools[i]) <= 2.01f);
+    failed |= !scores_are_right(c.pools, c.batch * c.heads, blocks, c.dim);
     SelectCall s = {.scores = c.pools, .heads = c.batch * c.heads, .rows = blocks};
     s.columns = c.dim;
     s.threads = c.threads;
