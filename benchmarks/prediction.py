@@ -18,7 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import common, models, windows
 from retrofit.bench.attention import Attention, Shape
-from retrofit.cost.plan import cost_of
+from retrofit.cost.network_plan import cost_of
 from retrofit.cost.rates import measure_rates
 from retrofit.cost.trace import Trace, tracing
 from retrofit.patching import patch

@@ -18,7 +18,8 @@ from retrofit.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from retrofit.cost.plan import Cost, NetworkPlan, Plan
+    from retrofit.cost.network_plan import Cost, NetworkPlan
+    from retrofit.cost.plan import Plan
 
 SIZE = "What it would run on"
 KIND_NAMES = {
@@ -120,7 +121,7 @@ def run(
 
 
 def _print(plan: Plan, network: NetworkPlan) -> None:
-    from retrofit.cost.plan import verdict
+    from retrofit.cost.network_plan import verdict
 
     machine = _machine(plan)
     print_lines(
@@ -185,7 +186,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
-    from retrofit.cost.plan import verdict
+    from retrofit.cost.network_plan import verdict
 
     return {
         "name": network.name,

@@ -49,6 +49,11 @@ class Operation:
         """What its time grows with."""
         return self.flops or self.num_bytes
 
+    @property
+    def point(self) -> float | None:
+        """Its amount where a family's rate depends on that: where weights are read."""
+        return self.amount if self.kind in ("product", "convolution") else None
+
 
 @dataclass(frozen=True)
 class Example:
@@ -65,12 +70,14 @@ class Trace:
 
     Attributes:
         counts: How often each operation ran.
-        examples: For each family, arguments of its largest operation.
+        examples: For each family and point, arguments of its largest operation.
+        weight_bytes: Of parameters and buffers.
         peak_bytes: Most memory held at once, weights included.
     """
 
     counts: Counter[Operation] = field(default_factory=Counter)
     examples: dict[tuple[Any, ...], tuple[Operation, Example]] = field(default_factory=dict)
+    weight_bytes: int = 0
     peak_bytes: int = 0
 
     @property
@@ -85,9 +92,10 @@ class Trace:
     def add(self, operation: Operation, example: Example) -> None:
         """Note one execution."""
         self.counts[operation] += 1
-        held = self.examples.get(operation.family)
+        key = operation.family, operation.point
+        held = self.examples.get(key)
         if held is None or held[0].amount < operation.amount:
-            self.examples[operation.family] = operation, example
+            self.examples[key] = operation, example
 
 
 @contextmanager
@@ -101,6 +109,7 @@ def tracing(weights: torch.nn.Module) -> Iterator[Trace]:
     memory = _Memory()
     for tensor in (*weights.parameters(), *weights.buffers()):
         memory.hold(tensor)
+    trace.weight_bytes = memory.now
     with torch.no_grad(), torch.device("meta"), _Operations(trace, memory), _Attention(trace):
         yield trace
     trace.peak_bytes = memory.peak
@@ -207,15 +216,12 @@ def describe(func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor])
     kind: str = "memory"
     family: tuple[Any, ...] = ("memory", name, dtype)
     if name in PRODUCTS and flops:
-        inner, columns = inputs[-1].shape[-2:]
-        # products with few rows read the weights for little
-        rows = min(inputs[-2].shape[-2], 512) // 128
-        kind, family = "product", ("product", name, dtype, inner, columns, rows)
+        kind, family = "product", ("product", name, dtype, *inputs[-1].shape[-2:])
+        if name in ("bmm", "baddbmm"):  # of which there are many side by side
+            family = (*family, min(inputs[-2].shape[-2], 512) // 128)
     elif name == "convolution":
         weight, rest = args[1], args[3:]
-        outside = math.prod(outputs[0].shape[2:]) * outputs[0].shape[0]
-        kind = "convolution"
-        family = ("convolution", dtype, tuple(weight.shape), repr(rest), min(outside, 4096) // 1024)
+        kind, family = "convolution", ("convolution", dtype, tuple(weight.shape), repr(rest))
     elif name in OURS:
         kind, family = "sparse", _our_family(name, args, dtype)
     elif flops:

@@ -8,9 +8,11 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from retrofit.checkpoint import find_checkpoint
-from retrofit.cost import plan as planning
-from retrofit.cost.plan import Cost, NetworkPlan, Request, cost_of, plan_checkpoint, verdict
-from retrofit.cost.rates import Rates, cut_example, measure_rates
+from retrofit.cost import sizes
+from retrofit.cost.examples import Pool, cut
+from retrofit.cost.network_plan import KINDS, Cost, NetworkPlan, cost_of, verdict
+from retrofit.cost.plan import Request, plan_checkpoint
+from retrofit.cost.rates import Rates, measure_rates
 from retrofit.cost.trace import Trace, tracing
 from retrofit.families.examples import InputSize
 from retrofit.inspection import AskedSize
@@ -20,7 +22,7 @@ TOKENS = 96
 
 
 def seconds(**more):
-    return {**dict.fromkeys(planning.KINDS, 0.0), **more}
+    return {**dict.fromkeys(KINDS, 0.0), **more}
 
 
 def network_plan(dense, patched, elsewhere=None):
@@ -120,7 +122,8 @@ def test_predicted_time_is_amount_times_rate():
     trace = trace_of(lambda: (torch.mm(meta(4, 5), meta(5, 6)), meta(100) + 1))
     rates = Rates(overhead=0.5)
     for operation in trace.counts:
-        rates.per_amount[operation.family] = 2.0 if operation.kind == "product" else 3.0
+        rate = 2.0 if operation.kind == "product" else 3.0
+        rates.points[operation.family] = [(7.0, 7.0 * rate)]
     cost = cost_of([(trace, 1)], rates)
     assert cost.seconds["product"] == pytest.approx(0.5 + 2.0 * 2 * 4 * 5 * 6)
     assert cost.seconds["memory"] == pytest.approx(0.5 + 3.0 * 800)
@@ -130,18 +133,49 @@ def test_predicted_time_is_amount_times_rate():
 def test_cost_of_a_run_is_the_mean_over_its_steps():
     short = trace_of(lambda: torch.mm(meta(4, 5), meta(5, 6)))
     long = trace_of(lambda: torch.mm(meta(8, 5), meta(5, 6)))
-    rates = Rates(per_amount={op.family: 1.0 for t in (short, long) for op in t.counts})
+    rates = Rates(points={op.family: [(1.0, 1.0)] for t in (short, long) for op in t.counts})
     cost = cost_of([(short, 3), (long, 1)], rates)
     assert cost.total == pytest.approx((3 * 240 + 480) / 4)
     assert cost.flops == (3 * 240 + 480) / 4
 
 
 def test_a_family_without_a_rate_takes_that_of_its_nearest_relative():
-    rates = Rates(per_amount={("product", "mm", 1, 1): 7.0, ("convolution", 2): 9.0}, per_byte=5.0)
+    points = {("product", "mm", 1, 1): [(1.0, 7.0)], ("convolution", 2): [(1.0, 9.0)]}
+    rates = Rates(points=points, per_byte=5.0)
     product = next(iter(trace_of(lambda: torch.mm(meta(4, 5), meta(5, 6))).counts))
     addition = next(iter(trace_of(lambda: meta(10) + 1).counts))
     assert rates.time_of(product) == 7.0 * product.flops
     assert rates.time_of(addition) == 5.0 * addition.num_bytes
+
+
+def test_seconds_lie_on_a_line_between_what_was_measured():
+    rates = Rates(points={("product", "mm", torch.float32, 5, 6): [(120.0, 4.0), (240.0, 6.0)]})
+
+    def predict(rows):
+        return rates.time_of(
+            next(iter(trace_of(lambda: torch.mm(meta(rows, 5), meta(5, 6))).counts))
+        )
+
+    assert [predict(rows) for rows in (1, 2, 3, 4, 8)] == pytest.approx([2, 4, 5, 6, 12])
+    rates.per_byte = 0.02  # 164 bytes
+    assert predict(1) == pytest.approx(0.02 * 4 * (5 + 30 + 6))
+
+
+def test_weights_come_from_another_place_at_every_repetition():
+    layer, x = nn.Linear(64, 32).to("meta"), meta(5, 64)
+    with tracing(layer) as trace:
+        layer(x)
+    assert trace.weight_bytes == 4 * (64 * 32 + 32)
+    ((operation, example),) = trace.examples.values()
+    pool = Pool("cpu", 40 * trace.weight_bytes)
+    first = pool.fill(operation, example)
+    again = pool.renew(operation, example, first)
+    assert all(a.shape == b.shape for a, b in zip(first.args, again.args, strict=True))
+    assert again.args[1] is first.args[1]
+    assert again.args[2].data_ptr() != first.args[2].data_ptr()
+    assert first.args[2].std() == pytest.approx(1, abs=0.1)
+    places = {pool.renew(operation, example, first).args[2].data_ptr() for _ in range(30)}
+    assert len(places) == 30
 
 
 @pytest.mark.parametrize(
@@ -163,10 +197,10 @@ def test_examples_too_large_to_measure_are_cut(run):
     trace = trace_of(run)
     ((operation, example),) = [held for held in trace.examples.values() if held[0].kind != "memory"]
     with torch.no_grad():
-        cut, flops = cut_example(operation, example)
+        smaller, flops = cut(operation, example)
     assert 0 < flops < operation.flops
     assert flops < 1e10
-    assert cut.function is example.function
+    assert smaller.function is example.function
 
 
 def test_every_family_is_measured(encoder):
@@ -178,11 +212,13 @@ def test_every_family_is_measured(encoder):
         model(input_ids=ids)
     rates = measure_rates([trace], "cpu")
     assert rates.unmeasured == {}
-    assert set(rates.per_amount) == set(trace.examples)
-    assert all(rate > 0 for rate in rates.per_amount.values())
+    worked = {operation.family for operation, _ in trace.examples.values() if operation.amount}
+    assert set(rates.points) == worked
+    assert all(x > 0 for points in rates.points.values() for point in points for x in point)
 
 
-def test_steps_that_differ_are_all_counted(pipeline):
+def test_steps_that_differ_are_all_counted(pipeline, monkeypatch):
+    monkeypatch.setattr(sizes, "PROBES", ())  # break-even is looked at elsewhere
     request = Request(
         what="hidiffusion",
         parameters={},
@@ -270,6 +306,12 @@ def test_wrong_input_is_one_line(run_command, encoder, arguments, message):
     lines = [line for line in answer.err.strip().splitlines() if not line.endswith(" ...")]
     assert len(lines) == 1
     assert message in lines[0]
+
+
+def test_an_operation_on_nothing_costs_its_call():
+    trace = trace_of(lambda: meta(0, 3) + 1)
+    rates = measure_rates([trace], "cpu")
+    assert rates.time_of(next(iter(trace.counts))) == rates.overhead
 
 
 def test_an_empty_trace_costs_nothing():

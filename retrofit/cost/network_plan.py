@@ -1,0 +1,134 @@
+"""What one network is predicted to take, dense and patched, and what that means in plain words."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from retrofit.cost.rates import Rates
+from retrofit.cost.trace import Trace
+from retrofit.families.examples import InputSize
+
+HELPS = 1.05  # predicted speed from which patching is said to help
+HARMS = 0.95
+KINDS = ("attention", "sparse", "product", "convolution", "memory")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one call of a network is predicted to take.
+
+    Attributes:
+        seconds: By kind of operation: dense `attention`, `sparse` operators, `product`,
+            `convolution`, and `memory` for what only moves it.
+        flops: Of the call.
+        peak_bytes: Weights and what is held beside them, at the worst moment.
+    """
+
+    seconds: Mapping[str, float]
+    flops: float
+    peak_bytes: float
+
+    @property
+    def total(self) -> float:
+        """Seconds of the call."""
+        return sum(self.seconds.values())
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkPlan:
+    """Dense against patched for one network.
+
+    Attributes:
+        name: Its component, empty for a bare network.
+        family: Its family.
+        size: Of the input, in the units of the network.
+        tokens: Of its largest attention call.
+        dense: Cost of a call.
+        patched: Mean cost of a call over the denoising steps.
+        elsewhere: Predicted speed at other sizes, by tokens of the largest attention call.
+    """
+
+    name: str
+    family: str
+    size: InputSize
+    tokens: int
+    dense: Cost
+    patched: Cost
+    elsewhere: Mapping[int, float]
+
+    @property
+    def speed(self) -> float:
+        """Dense time over patched; above 1 patching helps."""
+        return self.dense.total / self.patched.total
+
+    @property
+    def attention_share(self) -> float:
+        """Attention's share of the dense call's time."""
+        return self.dense.seconds.get("attention", 0.0) / self.dense.total
+
+    @property
+    def limit(self) -> float:
+        """Speed if attention took no time at all."""
+        return 1 / (1 - self.attention_share)
+
+    def break_even(self) -> int | None:
+        """Tokens from which patching is predicted to be faster, None if nowhere that was tried.
+
+        0 where it is faster at every size that was tried.
+        """
+        points = sorted({**self.elsewhere, self.tokens: self.speed}.items())
+        if points[0][1] >= 1:
+            return 0
+        for (small, below), (large, above) in zip(points, points[1:], strict=False):
+            if below < 1 <= above:
+                part = -math.log(below) / (math.log(above) - math.log(below))
+                return round(small * (large / small) ** part)
+        return None
+
+
+def cost_of(traces: Sequence[tuple[Trace, int]], rates: Rates) -> Cost:
+    """Mean predicted cost of calls.
+
+    Args:
+        traces: Calls, each with its weight in the mean.
+        rates: Of this machine.
+    """
+    weight = sum(n for _, n in traces)
+    seconds = dict.fromkeys(KINDS, 0.0)
+    for trace, n in traces:
+        for operation, times in trace.counts.items():
+            seconds[operation.kind] += n * times * rates.time_of(operation) / weight
+    return Cost(
+        seconds=seconds,
+        flops=sum(trace.flops * n for trace, n in traces) / weight,
+        peak_bytes=max(trace.peak_bytes for trace, _ in traces),
+    )
+
+
+def verdict(plan: NetworkPlan, method: str) -> str:
+    """In plain words, whether patching helps at this size."""
+    share = f"attention takes {plan.attention_share:.0%} of a dense call"
+    limit = f"doing none of it would give {plan.limit:.2f}x"
+    if plan.speed >= HELPS:
+        said = f"{method} should make a call about {plan.speed:.2f}x as fast here: {share}"
+    elif plan.speed > HARMS:
+        said = f"{method} will not help here ({plan.speed:.2f}x): {share}, and {limit}"
+    else:
+        said = (
+            f"{method} will make a call slower here ({plan.speed:.2f}x as fast): {share}, and "
+            f"{limit}"
+        )
+    return f"{said}. {_break_even_words(plan)}"
+
+
+def _break_even_words(plan: NetworkPlan) -> str:
+    tried = sorted({*plan.elsewhere, plan.tokens})
+    between = f"{tried[0]} to {tried[-1]} tokens"
+    point = plan.break_even()
+    if point == 0:
+        return f"It is faster at every size that was tried ({between})."
+    if point is None:
+        return f"It is slower at every size that was tried ({between})."
+    return f"Break-even is near {point} tokens."

@@ -1,0 +1,129 @@
+"""Trace a network on meta, dense and patched, at the size asked for and at others."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from retrofit.cost.trace import Trace, tracing
+from retrofit.errors import InputError, RetrofitError
+from retrofit.families.examples import InputSize
+from retrofit.inspection import NetworkReport
+from retrofit.networks import FoundNetwork
+from retrofit.patching import Patch, patch
+
+if TYPE_CHECKING:
+    from retrofit.cost.plan import Request
+
+PROBES = (0.25, 0.5, 2.0, 4.0)  # times the tokens of the size asked for
+
+
+@dataclass(frozen=True, kw_only=True)
+class AtSize:
+    """Traces of one network at one size.
+
+    Attributes:
+        tokens: Queries of its largest attention call.
+        dense: One call.
+        patched: The different calls of a run, each with how many steps it stands for.
+    """
+
+    tokens: int
+    dense: Trace
+    patched: list[tuple[Trace, int]]
+
+    @property
+    def traces(self) -> list[Trace]:
+        """All of them."""
+        return [self.dense, *(trace for trace, _ in self.patched)]
+
+
+def trace_sizes(
+    target: Any, network: FoundNetwork, report: NetworkReport, request: Request
+) -> list[AtSize]:
+    """The size asked for, then others that the network takes."""
+    tokens = max((row.tokens for row in report.sites), default=0)
+    sizes = [(report.size, tokens)]
+    sizes += [(other, round(tokens * factor)) for other, factor in _other_sizes(report.size)]
+    found = []
+    for size, expected in sizes:
+        try:
+            found.append(_trace_size(target, network, size, expected, request))
+        except (RetrofitError, RuntimeError, ValueError):
+            # a size that the network does not take tells nothing about break-even
+            if size == report.size:
+                raise
+    return found
+
+
+def _other_sizes(size: InputSize) -> Iterator[tuple[InputSize, float]]:
+    """Smaller and larger inputs, with the factor on the tokens."""
+    for factor in PROBES:
+        if size.tokens:
+            yield replace(size, tokens=max(1, round(size.tokens * factor))), factor
+            continue
+        side = math.sqrt(factor)
+        height, width = (_rounded(n * side, n) for n in (size.height, size.width))
+        yield replace(size, height=height, width=width), height * width / size.height / size.width
+
+
+def _rounded(length: float, like: int) -> int:
+    """Near `length`, divisible by the largest power of two, up to 16, that divides `like`."""
+    unit = next((n for n in (16, 14, 8, 7, 4, 2) if like % n == 0), 1)
+    return max(unit, round(length / unit) * unit)
+
+
+def _trace_size(
+    target: Any, network: FoundNetwork, size: InputSize, tokens: int, request: Request
+) -> AtSize:
+    examples = network.family.inputs
+    if examples is None:
+        raise InputError(f"{network.where('')}: family {network.family.name} has no inputs.")
+    drawn = examples.make(network.module, size, torch.Generator().manual_seed(0))
+    dtype = next(network.module.parameters()).dtype
+    inputs = {name: _on_meta(value, dtype) for name, value in drawn.items()}
+    with tracing(network.module) as dense:
+        network.module(**inputs)
+    with patch(
+        target,
+        request.what,
+        sites=request.sites,
+        components=request.components,
+        **request.parameters,
+    ) as handle:
+        steps = request.steps if network.family.denoises else 1
+        patched = _trace_steps(network, handle, inputs, steps)
+    return AtSize(tokens=tokens, dense=dense, patched=patched)
+
+
+def _trace_steps(
+    network: FoundNetwork, handle: Patch, inputs: dict[str, Any], steps: int
+) -> list[tuple[Trace, int]]:
+    """Every different call of a run once."""
+    counts: Counter[tuple[Any, ...]] = Counter()
+    traces: dict[tuple[Any, ...], Trace] = {}
+    for step in range(steps):
+        if network.family.denoises:
+            handle.at_step(step, steps)
+        values = handle.state.values.items()
+        # where windows are shifted to does not change what they cost
+        key = tuple(sorted((name, value) for name, value in values if "shift" not in name))
+        counts[key] += 1
+        if key not in traces:
+            with tracing(network.module) as traces[key]:
+                network.module(**inputs)
+    return [(traces[key], counts[key]) for key in traces]
+
+
+def _on_meta(value: Any, dtype: torch.dtype) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _on_meta(item, dtype) for name, item in value.items()}
+    if isinstance(value, Tensor):
+        return value.to("meta", dtype if value.is_floating_point() else None)
+    return value
