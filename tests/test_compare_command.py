@@ -167,6 +167,23 @@ def test_wrong_input_is_one_line_and_exit_code_2(
     assert not out
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "got an empty file"), (b" \n\n", "got an empty file"), (b"\xff\xfe\x80", "in UTF-8")],
+    ids=["empty", "blank", "binary"],
+)
+def test_inputs_that_say_nothing_are_refused(
+    content: bytes, message: str, encoder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "text.txt"
+    file.write_bytes(content)
+    code, out, err = _compare(capsys, encoder, "-m", "window", "--inputs", file)
+    assert (code, out) == (2, "")
+    line = err.splitlines()[-1]
+    assert line.startswith(f"error: {file}: expected a text")
+    assert message in line
+
+
 def test_missing_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = _compare(capsys, "no-such-folder", "-m", "window")
     assert code == 2

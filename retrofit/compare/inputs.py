@@ -146,13 +146,23 @@ def _texts(
 
     count = choice.count or DEFAULT_COUNT["texts"]
     if choice.files:
-        named = [(file.name, file.read_text()) for file in _files(choice.files, TEXTS)]
-        named = named[: choice.count]
+        files = _files(choice.files, TEXTS)[: choice.count]
+        named = [(file.name, _read_text(file)) for file in files]
     else:
         named = collect_documents(
             is_long_enough, count, passage=PASSAGE * size.tokens, seed=choice.seed
         )
     return [_one_call(network, name, encode(text)) for name, text in named]
+
+
+def _read_text(file: Path) -> str:
+    try:
+        text = file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file}: expected a text in UTF-8, got something else.") from error
+    if not text.strip():
+        raise InputError(f"{file}: expected a text, got an empty file. Leave it out of --inputs.")
+    return text
 
 
 def _has_tokenizer(folder: Path | None) -> bool:
