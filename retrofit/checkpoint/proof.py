@@ -118,9 +118,9 @@ def _run_both(
     inputs = _make_inputs(network, size, seed)
     dense = _run(network, inputs)
     if not bool(torch.isfinite(dense).all()):
-        culprit = find_nonfinite(network.module, lambda: _run(network, inputs))
+        culprit = network.where(find_nonfinite(network.module, lambda: _run(network, inputs)) or "")
         raise NonFiniteError(
-            f"{network.where(culprit or '')}: the dense model itself gives NaN in {_dtype(network)}. "
+            f"{culprit}: the dense model itself gives NaN in {_dtype(network)}. "
             "Use --dtype float32 or bfloat16."
         )
     found = _run_patched(target, recipe, network, size, seed)
