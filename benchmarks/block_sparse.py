@@ -16,7 +16,8 @@ from collections.abc import Iterator, Sequence
 from benchmarks import common
 from benchmarks.peers import BLOCK_PEERS, BlockProblem, Missing, block_peers
 from benchmarks.tables import print_missing, print_rows
-from retrofit.bench.attention import Attention, Line, Shape, time_routes
+from retrofit.bench.attention import Attention, Shape
+from retrofit.bench.lines import Line, time_routes
 from retrofit.bench.patterns import block_sparse_route, draw_block_mask
 
 AGAINST = {

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.peers import Missing
-from retrofit.bench.attention import Line
+from retrofit.bench.lines import Line
 from retrofit.timing import library_versions, load_average, pin_to_one_core, processor_name
 
 Reader = Callable[[str], Any]

@@ -19,8 +19,9 @@ from torch import Tensor
 from benchmarks import common
 from benchmarks.peers import GridProblem, Missing, flex_on_grid, rearranged
 from benchmarks.tables import print_missing, print_rows
-from retrofit.bench.attention import Attention, Line, Route, Shape, time_routes
+from retrofit.bench.attention import Attention, Route, Shape
 from retrofit.bench.checking import boxes, inward_window, visible_blocks
+from retrofit.bench.lines import Line, time_routes
 from retrofit.bench.patterns import Size, boxes_route, inward_route, t3_route
 from retrofit.grid import TokenGrid
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_blocks

@@ -23,7 +23,8 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from retrofit.bench.attention import Attention, Line, Shape, time_routes
+from retrofit.bench.attention import Attention, Shape
+from retrofit.bench.lines import Line, time_routes
 from retrofit.bench.patterns import block_sparse_route, draw_block_mask, inward_route
 from retrofit.kernels import backends, select_blocks
 from retrofit.timing import Contender, Spread, load_average, race

@@ -22,8 +22,9 @@ from benchmarks.peers import (
     rearranged,
 )
 from benchmarks.tables import print_missing, print_rows
-from retrofit.bench.attention import Attention, Line, Route, Shape, time_routes
+from retrofit.bench.attention import Attention, Route, Shape
 from retrofit.bench.checking import boxes, inward_window
+from retrofit.bench.lines import Line, time_routes
 from retrofit.bench.patterns import Size, boxes_route, inward_route, t3_route
 
 PEERS = ("flex", "natten", "rearrange")

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import torch
 
-from retrofit.bench.attention import Attention, Line, Route, Shape, time_routes
+from retrofit.bench.attention import Attention, Route, Shape
+from retrofit.bench.lines import Line, time_routes
 from retrofit.bench.patterns import (
     block_sparse_route,
     boxes_route,

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.bench.attention import Line
+from retrofit.bench.lines import Line
 from retrofit.timing import Spread
 
 if TYPE_CHECKING:

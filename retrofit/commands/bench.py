@@ -21,7 +21,7 @@ from retrofit.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from retrofit.bench.attention import Line
+    from retrofit.bench.lines import Line
     from retrofit.compare.result import Comparison
 
 SIZE = "What it runs on"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from retrofit.bench.attention import Attention, Shape, time_routes
+from retrofit.bench.attention import Attention, Shape
 from retrofit.bench.checking import (
     SampledRows,
     boxes,
@@ -18,6 +18,7 @@ from retrofit.bench.checking import (
     visible_blocks,
     visible_in_grid,
 )
+from retrofit.bench.lines import time_routes
 from retrofit.bench.patterns import (
     block_sparse_route,
     boxes_route,
