@@ -1,6 +1,6 @@
 """What `retrofit plan` predicts against what is then measured.
 
-python -m benchmarks.prediction --preset t3-small,inward-small,msw-small,sd15-512
+python -m benchmarks.prediction --preset t3-small,inward-small,msw-small,block-sparse,sd15-512
 
 Each preset is predicted and measured dense and patched, one right after the other in one process;
 a prediction is good if it is within 25% of the measurement.
@@ -9,6 +9,8 @@ a prediction is good if it is within 25% of the measurement.
 from __future__ import annotations
 
 import argparse
+import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -16,21 +18,26 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import common, models, windows
+from benchmarks import common, models, quick, windows
 from retrofit.bench.attention import Attention, Shape
 from retrofit.cost.network_plan import cost_of
 from retrofit.cost.rates import measure_rates
 from retrofit.cost.trace import Trace, tracing
+from retrofit.grid import TokenGrid
+from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.patching import patch
+from retrofit.run_state import RunState
+from retrofit.sites import AttentionSite
 from retrofit.timing import Contender, Race, Spread, load_average, race
 
 CLOSE = 0.25
 ROUNDS = 5
+BLOCKS = "block-sparse"  # of benchmarks.quick's shape: choosing the blocks, and attending to them
 
 
 def presets() -> tuple[str, ...]:
     """Names of everything that can be predicted and measured."""
-    return (*windows.PRESETS, *models.PRESETS)
+    return (*windows.PRESETS, BLOCKS, *models.PRESETS)
 
 
 def predict(traces: dict[str, Trace]) -> dict[str, float]:
@@ -40,13 +47,12 @@ def predict(traces: dict[str, Trace]) -> dict[str, float]:
 
 
 def operators(name: str, dtype: torch.dtype, options: argparse.Namespace) -> Iterator[Any]:
-    """The patterns of a preset of `benchmarks.windows`, each beside dense attention."""
-    preset = windows.PRESETS[name]
-    grid = preset.grid
+    """Patterns of a preset of `benchmarks.windows`, or `BLOCKS`, beside dense attention."""
+    preset = None if name == BLOCKS else windows.PRESETS[name]
     shape = Shape(
-        heads=preset.heads,
-        seq_len=grid[0] * grid[1] * grid[2],
-        head_dim=preset.head_dim,
+        heads=quick.HEADS if preset is None else preset.heads,
+        seq_len=quick.SEQ_LEN if preset is None else math.prod(preset.grid),
+        head_dim=64 if preset is None else preset.head_dim,
         dtype=dtype,
     )
     generator = torch.Generator().manual_seed(0)
@@ -59,14 +65,43 @@ def operators(name: str, dtype: torch.dtype, options: argparse.Namespace) -> Ite
             attention.query, attention.key, attention.value
         )
     }
-    traces = {"dense": _trace(lambda: scaled_dot_product_attention(*[on_meta.query] * 3))}
-    for pattern in preset.patterns:
-        case = "x".join(map(str, pattern.window))
-        runs[case] = windows.make(attention, grid, pattern)[0].run
-        # the route for meta is made of real tensors, whose expected rows it does not use
-        route = windows.make(attention, grid, pattern)[0]
-        traces[case] = _trace(lambda route=route: _on_meta(route.run, attention, on_meta))
+    if preset is None:
+        runs |= _block_runs(attention)
+    else:
+        for pattern in preset.patterns:
+            case = "x".join(map(str, pattern.window))
+            runs[case] = windows.make(attention, preset.grid, pattern)[0].run
+    traces = {
+        case: _trace(functools.partial(_on_meta, run, attention, on_meta))
+        for case, run in runs.items()
+    }
     yield from _lines(name, dtype, traces, runs, options)
+
+
+def _block_runs(attention: Attention) -> dict[str, Callable[[], Any]]:
+    """The method's operator, as a patched layer of this shape calls it."""
+    shape = attention.shape
+    site = AttentionSite(
+        path="attn",
+        index=0,
+        block=0,
+        kind="self",
+        num_heads=shape.heads,
+        head_dim=shape.head_dim,
+        grid_source="",
+    )
+
+    def run(block: int, keep: float) -> Any:
+        config = BlockSparseConfig(keep=keep, block_size=(block, block))
+        operator = config.build(site, TokenGrid(width=shape.seq_len), RunState())
+        query, key, value = attention.query, attention.key, attention.value
+        return operator(query, key, value, attn_mask=None, is_causal=False, scale=None)
+
+    return {
+        f"blk{block} keep={keep:g}": functools.partial(run, block, keep)
+        for block in quick.BLOCKS
+        for keep in quick.KEEPS
+    }
 
 
 def _on_meta(run: Callable[[], Any], attention: Attention, on_meta: Attention) -> None:
@@ -155,7 +190,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     common.add_options(parser)
     parser.add_argument(
-        "--preset", default=",".join((*windows.PRESETS, "sd15-512")), help=", ".join(presets())
+        "--preset",
+        default=",".join((*windows.PRESETS, BLOCKS, "sd15-512")),
+        help=", ".join(presets()),
     )
     parser.add_argument("--dtype", default="float32")
     options = parser.parse_args(arguments)
@@ -164,7 +201,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     machine = common.prepare(options)
     are_close = True
     for name in names:
-        measure = operators if name in windows.PRESETS else networks
+        measure = networks if name in models.PRESETS else operators
         for dtype in dtypes:
             for line in measure(name, dtype, options):
                 are_close = are_close and line["is_close"]

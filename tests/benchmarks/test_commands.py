@@ -10,8 +10,19 @@ import pytest
 import torch
 from torch.nn.attention.flex_attention import flex_attention
 
-from benchmarks import block_sparse, common, mask_cost, methods, models, peers, prediction, windows
-from retrofit.bench.attention import Attention, Route, Shape, time_routes
+from benchmarks import (
+    block_sparse,
+    common,
+    mask_cost,
+    methods,
+    models,
+    peers,
+    prediction,
+    quick,
+    windows,
+)
+from retrofit.bench.attention import Attention, Route, Shape
+from retrofit.bench.lines import time_routes
 from retrofit.bench.patterns import block_sparse_route, draw_block_mask, inward_route
 from tests import tiny_models
 
@@ -170,9 +181,14 @@ def test_predictions_are_compared_with_measurements(capsys, monkeypatch):
     small = replace(windows.PRESETS["t3-small"], grid=(4, 8, 8), heads=1)
     monkeypatch.setattr(windows, "PRESETS", {"t3-small": small})
     monkeypatch.setattr(models, "PRESETS", {"tiny": tiny_preset()})
-    code = prediction.main(["--preset", "t3-small,tiny", "--rounds", "1", "--json"])
+    monkeypatch.setattr(quick, "SEQ_LEN", 1024)
+    monkeypatch.setattr(quick, "KEEPS", (0.25,))
+    presets = "t3-small,block-sparse,tiny"
+    code = prediction.main(["--preset", presets, "--rounds", "1", "--json"])
     lines = lines_of(capsys)
-    assert [line["case"] for line in lines] == ["dense", "4x1x1", "1x4x4", "2x2x2", "dense", "half"]
+    boxes, blocks = ["4x1x1", "1x4x4", "2x2x2"], ["blk64 keep=0.25", "blk128 keep=0.25"]
+    expected = ["dense", *boxes, "dense", *blocks, "dense", "half"]
+    assert [line["case"] for line in lines] == expected
     for line in lines:
         off = line["predicted_seconds"] / line["measured_seconds"] - 1
         assert line["off"] == pytest.approx(off)
