@@ -95,7 +95,9 @@ def _fit(row: dict[str, Any], block_size: tuple[int, int], work: MaskWork) -> La
         block_m, block_n, stages = min(block_m, 64), min(block_n, 32), min(stages, 2)
         warps = 8
     block_m, block_n = min(block_m, pad_dim(block_size[0])), min(block_n, pad_dim(block_size[1]))
-    return Launch(block_m, block_n, warps if block_m >= 64 else min(warps, 4), stages, registers)
+    if block_m < min(row["block_m"], 64):  # fewer rows than the warps were chosen for
+        warps = min(warps, 4)
+    return Launch(block_m, block_n, warps, stages, registers)
 
 
 def choose_splits(programs: int, tiles: int, processors: int) -> int:

@@ -109,8 +109,7 @@ def test_masks_do_not_make_block_sparse_spill(arch: int, dim: int, work: MaskWor
     check(binary, arch, "bf16")
 
 
-@slow
-@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("dim", [pytest.param(64, marks=slow), 128])
 @pytest.mark.parametrize("arch", ARCHS)
 def test_float32_fits(arch: int, dim: int) -> None:
     binary, _ = compile_block_sparse(arch, "fp32", dim, (128, 64), has_descriptors=False)
