@@ -115,16 +115,18 @@ static void prefetch_panels(const Tile *t, const PanelRef *panels, int count, in
     }
 }
 
-/* The first panels of the query block that follows in a list; its rows are likely this thread's. */
-static int list_ahead(const Job *job, int64_t b, int64_t h, int64_t block, PanelRef *to) {
+/* The first panels of the query block that follows; its rows are likely this thread's. */
+static int panels_ahead(const Job *job, int64_t b, int64_t h, int64_t block, PanelRef *to) {
     const Call *c = job->call;
     int64_t at = b * c->list_stride[0] + h * c->list_stride[1] + block * c->list_stride[2];
+    if (block >= job->num_q) return 0;
+    const uint8_t *kept = c->block_mask ? c->block_mask + at : NULL;
+    int64_t entries = kept ? job->num_k : c->counts[at / c->list_width];
     int count = 0;
-    if (c->block_mask || block >= job->num_q) return 0;
-    int64_t entries = c->counts[at / c->list_width];
-    for (int64_t n = 0; n < entries && n < c->list_width; n++) {
-        int64_t k = c->indices[at + n];
-        if (k < 0 || k >= job->num_k) return count;
+    for (int64_t n = 0; n < entries && (kept || n < c->list_width); n++) {
+        int64_t k = kept ? n : c->indices[at + n];
+        if (kept && !kept[n]) continue;
+        if (k < 0 || k >= job->num_k) break;
         for (int64_t i = 0; i < job->panels_per_block; i++) {
             if (count == GROUP_PANELS) return count;
             to[count++].panel = (int32_t)(k * job->panels_per_block + i);
@@ -163,7 +165,7 @@ static void attend_item(Job *job, Scratch *s, int64_t group, int64_t item) {
     t.last_values = job->in_place ? packed_values(job, group) : NULL;
     int64_t tiles = (rows + MR - 1) / MR;
     PanelRef ahead[GROUP_PANELS];
-    int num_ahead = end == first + c->block_q ? list_ahead(job, b, h, block + 1, ahead) : 0;
+    int num_ahead = end == first + c->block_q ? panels_ahead(job, b, h, block + 1, ahead) : 0;
     for (int64_t n = 0; n < count; n += GROUP_PANELS) {
         int group_size = (int)(count - n < GROUP_PANELS ? count - n : GROUP_PANELS);
         int64_t left = count - n - group_size;
