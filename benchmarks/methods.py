@@ -123,7 +123,7 @@ def _vggt_route(attention: Attention, operator: BlockSparse) -> Route:
 
     run()
     assert operator.block_map is not None  # noqa: S101 - the call above was not dense
-    block_map, parts = operator.block_map, operator._arrange(query, key, None)
+    block_map, parts = operator.block_map, operator.arrange(query, key, None)
     block_q, block_k = operator.config.block_size
     place = torch.full((query.shape[2],), -1, dtype=torch.int64, device=query.device)
     # fillings repeat a token: the first place of each is its own

@@ -168,7 +168,7 @@ class BlockSparse:
                 "out with `sites`."
             )
         attn_mask = full_mask(attn_mask, key.shape[2])
-        parts = self._arrange(query, key, attn_mask)
+        parts = self.arrange(query, key, attn_mask)
         block_map = self._choose(parts, scale)
         if not torch.compiler.is_compiling():
             self.block_map = block_map
@@ -225,7 +225,7 @@ class BlockSparse:
 
         A dropped block that is seen as its mean counts as one key.
         """
-        parts = self._arrange(query, key, None)
+        parts = self.arrange(query, key, None)
         block_map = self.choose_blocks(query, key) if self.block_map is None else self.block_map
         real = self.real
         if real is None:
@@ -248,9 +248,10 @@ class BlockSparse:
 
     def choose_blocks(self, query: Tensor, key: Tensor) -> Tensor:
         """The blocks that a call without a mask attends to, as in `block_map`."""
-        return self._choose(self._arrange(query, key, None), None)
+        return self._choose(self.arrange(query, key, None), None)
 
-    def _arrange(self, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Arranged:
+    def arrange(self, query: Tensor, key: Tensor, attn_mask: Tensor | None) -> Arranged:
+        """A call's tokens in the order in which they are cut into blocks."""
         return arrange(
             query,
             key,
