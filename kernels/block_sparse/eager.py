@@ -46,8 +46,9 @@ def attend_on_cpu(
         for kv_head in range(kv_heads):
             keys, values = (_rows(x[b, kv_head], p.block_size[1]) for x in (p.key, p.value))
             for h in range(kv_head * heads // kv_heads, (kv_head + 1) * heads // kv_heads):
+                query = _wide(p.query[b, h])
                 head = _Head(
-                    query=_wide(p.query[b, h]) * (p.scale != 0),
+                    query=query if p.scale else query * 0,
                     keys=keys,
                     values=values,
                     bias=None if bias is None else bias[b % bias.shape[0], h % bias.shape[1]],
@@ -111,21 +112,24 @@ class _Head:
         """Fill `out` `[S_q, D_v]` and `lse` `[S_q]`; `kept` is `[n_q, n_k]`."""
         counts = kept.sum(dim=-1).tolist()
         listed = kept.nonzero()[:, 1]
-        made = self.queries.new_zeros(self.num_q, self.block_q, self.dim_v)
-        wide = torch.promote_types(made.dtype, torch.float32)
-        made_lse = made.new_full((self.num_q, self.block_q), float("-inf"), dtype=wide)
+        wide = torch.promote_types(self.queries.dtype, torch.float32)
         start = at = 0
         while start < self.num_q:
             stop, each = self._chunk_end(counts, start), counts[start]
+            rows = slice(start * self.block_q, min(stop * self.block_q, self.len_q))
             if each:
                 picked = listed[at : at + each * (stop - start)]
-                scores = self._attend_chunk(start, stop, picked, made[start:stop])
+                made = self._room("made", stop - start, self.block_q, self.dim_v)
+                scores = self._attend_chunk(start, stop, picked, made)
+                length = rows.stop - rows.start
+                out[rows] = made.flatten(0, 1)[:length]
                 if lse is not None:
-                    made_lse[start:stop] = scores.to(wide).logsumexp(dim=-1)
+                    lse[rows] = scores.to(wide).logsumexp(dim=-1).flatten()[:length]
+            else:
+                out[rows] = 0
+                if lse is not None:
+                    lse[rows] = float("-inf")
             start, at = stop, at + each * (stop - start)
-        out.copy_(made.flatten(0, 1)[: self.len_q])
-        if lse is not None:
-            lse.copy_(made_lse.flatten()[: self.len_q])
 
     def _chunk_end(self, counts: list[int], start: int) -> int:
         """Where a chunk that begins at `start` ends: rows of one length that fit."""
