@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import shutil
 import sys
 
@@ -15,7 +16,8 @@ from transformers import AutoModel
 
 from retrofit.checkpoint import find_checkpoint
 from retrofit.checkpoint.opening import build_networks, check_weights, load_networks, load_whole
-from retrofit.checkpoint.saving import plan_patch, write_patched
+from retrofit.checkpoint.planning import plan_patch
+from retrofit.checkpoint.saving import write_patched
 from retrofit.checkpoint.weights import check_folder, read_header
 from retrofit.errors import CheckpointError, NotFoundError, UnsupportedError
 from tests import tiny_models, tiny_pipelines
@@ -213,18 +215,23 @@ def test_a_header_tells_shapes_without_reading_tensors(encoder):
     assert header["pooler.dense.weight"].num_bytes == 48 * 48 * 4
 
 
+def _run_command_of(error: Exception) -> None:
+    """Run the Python that ends a message, here."""
+    code, arguments = re.search(r'python -c "(.*)" (.*)$', str(error)).groups()
+    argv = sys.argv
+    try:
+        sys.argv = ["-c", *shlex.split(arguments)]
+        exec(code, {})
+    finally:
+        sys.argv = argv
+
+
 def test_a_pickled_file_is_refused_with_a_command_that_converts_it(encoder, tmp_path):
     weights = load_file(encoder / WEIGHTS)
     torch.save({"state_dict": weights}, tmp_path / "old.ckpt")
     with pytest.raises(CheckpointError, match="a pickle") as caught:
         find_checkpoint(tmp_path / "old.ckpt")
-    code, arguments = re.search(r'python -c "(.*)" (.*)$', str(caught.value)).groups()
-    argv = sys.argv
-    try:
-        sys.argv = ["-c", *arguments.split()]
-        exec(code, {})
-    finally:
-        sys.argv = argv
+    _run_command_of(caught.value)
     converted = load_file(tmp_path / "old.safetensors")
     assert converted.keys() == weights.keys()
 
@@ -235,7 +242,7 @@ def test_a_pickled_folder_is_refused_with_a_command_that_converts_it(encoder, co
     (folder / WEIGHTS).unlink()
     with pytest.raises(CheckpointError, match="got only pytorch_model.bin") as caught:
         check_weights(find_checkpoint(folder))
-    exec(re.search(r'python -c "(.*)"$', str(caught.value)).group(1), {})
+    _run_command_of(caught.value)
     check_weights(find_checkpoint(folder))
     before = load_networks(find_checkpoint(encoder), [""], device="cpu").state_dict()
     after = load_networks(find_checkpoint(folder), [""], device="cpu").state_dict()

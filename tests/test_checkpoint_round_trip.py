@@ -16,8 +16,9 @@ from transformers import AutoModel, BertModel
 import retrofit
 from retrofit.checkpoint import find_checkpoint, fingerprint
 from retrofit.checkpoint.manifest import MANIFEST, Manifest
+from retrofit.checkpoint.planning import plan_patch
 from retrofit.checkpoint.proof import compare_proofs, is_identical, make_proof, repeat_proof
-from retrofit.checkpoint.saving import plan_patch, write_patched
+from retrofit.checkpoint.saving import write_patched
 from retrofit.errors import CheckpointError, InputError, UnsupportedError, VerificationError
 from retrofit.recipe import Recipe
 from tests import tiny_models, tiny_pipelines
@@ -359,7 +360,7 @@ def test_two_networks_of_a_pipeline_are_proved_each(tmp_path):
     source = tiny_pipelines.write_pipeline(pipe, tmp_path / "wan")
     plan = plan_patch(find_checkpoint(source), "neighborhood")
     assert plan.components == ["transformer", "transformer_2"]
-    from retrofit.checkpoint.saving import prove
+    from retrofit.checkpoint.planning import prove
 
     proof = prove(plan, device="cpu")
     assert [entry["name"] for entry in proof["networks"]] == ["transformer", "transformer_2"]

@@ -22,7 +22,7 @@ from retrofit.commands.console import (
 from retrofit.errors import InputError
 
 if TYPE_CHECKING:
-    from retrofit.checkpoint.saving import Plan
+    from retrofit.checkpoint.planning import Plan
 
 
 def run(
@@ -96,7 +96,8 @@ def run(
     """
     from retrofit.checkpoint import find_checkpoint
     from retrofit.checkpoint.loading import pick_device
-    from retrofit.checkpoint.saving import plan_patch, prove, refuse_target, write_patched
+    from retrofit.checkpoint.planning import plan_patch, prove
+    from retrofit.checkpoint.saving import refuse_target, write_patched
 
     what = options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
