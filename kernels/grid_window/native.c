@@ -34,6 +34,10 @@ static void pack_group(const WindowJob *w, const KeyGroup *g, const char *k, con
         const int32_t *position = g->position + p * VL;
         int rows = g->count - p * VL < VL ? g->count - p * VL : VL;
         char *to_k = s->keys + p * job->k_panel_bytes, *to_v = s->values + p * job->v_panel_bytes;
+        for (int i = (p + PACK_AHEAD / VL) * VL; i < (p + 1 + PACK_AHEAD / VL) * VL && i < g->count; i++) {
+            prefetch_rows(k + g->position[i] * k_row, 1, 0, c->dim * size, 0);
+            prefetch_rows(v + g->position[i] * v_row, 1, 0, c->dim_v * size, 0);
+        }
         if (count_run(position, rows) == rows) {
             pack_keys(&w->in_place_job, k + position[0] * k_row, rows, to_k);
             pack_values(&w->in_place_job, v + position[0] * v_row, rows, to_v);
@@ -59,6 +63,16 @@ static void prefetch_keys(const WindowJob *w, const KeyGroup *next, const char *
         for (int64_t n = 0; n < c->dim * size; n += 64) __builtin_prefetch(key + n, 0, 2);
         for (int64_t n = 0; n < c->dim_v * size; n += 64) __builtin_prefetch(value + n, 0, 2);
     }
+}
+
+/* Output rows of a tile, fetched before they are written. */
+static void prefetch_out(const WindowJob *w, const WindowItem *item, const WindowScratch *s,
+                         int64_t head, int64_t from, int64_t to) {
+    const WindowCall *c = w->call;
+    int64_t size = size_of(&w->gathered);
+    char *out = (char *)c->out + (item->batch * c->o_stride[0] + head * c->o_stride[1]) * size;
+    for (int64_t i = from; i < to; i++)
+        prefetch_rows(out + s->row_position[i] * c->o_stride[2] * size, 1, 0, c->dim_v * size, 1);
 }
 
 static void run_window_strip(Tile *t, Strip *strip, const float *bias) {
@@ -210,12 +224,14 @@ static void attend_window_item(const WindowJob *w, WindowItem *item, WindowScrat
         next->count = 0;
         if ((n + 1) * GROUP < total) find_keys(c, item, (n + 1) * GROUP, next);
         if (!find_words(c, item, g, s)) continue;
+        int is_last = (n + 1) * GROUP >= total;
         pack_group(w, g, k, v, s);
         for (int64_t h = 0; h < group; h++) {
             if (!h || c->mask_stride[1]) mask_keys(c, item, (int32_t)(item->kv_head * group + h), g);
             for (int64_t i = 0; i < tiles; i++) {
                 int64_t from = item->rows * i / tiles, to = item->rows * (i + 1) / tiles;
                 if (!h) prefetch_keys(w, next, k, v, i, tiles);
+                if (is_last) prefetch_out(w, item, s, item->kv_head * group + h, from, to);
                 Scratch part = rows_of(w, &s->s, h * item->rows + from);
                 t.rows = (int)(to - from);
                 t.q = part.q;
