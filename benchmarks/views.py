@@ -1,7 +1,7 @@
 """Block-sparse global attention of VGGT-1B's shape, and a whole forward pass of its widths.
 
 python -m benchmarks.views --frames 8 16 --heads 2
-python -m benchmarks.views --forward --layers 1
+python -m benchmarks.views --forward --layers 1 --frames 8 --clock cpu
 
 Dense and patched run in turn in one process. The share of block prediction is timed by itself.
 Heads are independent of each other: fewer of them give the same ratios in less time.
@@ -10,6 +10,8 @@ Heads are independent of each other: fewer of them give the same ratios in less 
 from __future__ import annotations
 
 import argparse
+import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -21,12 +23,14 @@ from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
 from retrofit.patching import patch
 from retrofit.timing import Contender, Race, load_average, race
 
+Clock = Callable[[], float]
 KEEPS = (0.5, 0.25)
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 HEAD_DIM = 64
 SIZE = (37, 28)  # patches of 14 pixels: 518 x 392
 
 
-def attention(frames: int, heads: int, dtype: torch.dtype, rounds: int) -> None:
+def attention(frames: int, heads: int, dtype: torch.dtype, rounds: int, clock: Clock) -> None:
     """One global attention call, dense, sparse, and the choice of blocks alone."""
     height, width = SIZE
     grid = TokenGrid(frames=frames, height=height, width=width, num_frame_prefix_tokens=5)
@@ -50,19 +54,22 @@ def attention(frames: int, heads: int, dtype: torch.dtype, rounds: int) -> None:
             ),
         ]
     with torch.no_grad():
-        found = race(contenders, rounds=rounds)
+        found = race(contenders, rounds=rounds, clock=clock)
     print(f"{frames} frames, {grid.num_tokens} tokens, {heads} heads of {HEAD_DIM}, {dtype}")
     _show(found)
 
 
-def forward(frames: int, layers: int, dtype: torch.dtype, rounds: int) -> None:
-    """A VGGT of 1B's widths with fewer layers, all heads but the points."""
-    config = {
+def forward(
+    frames: int, layers: int, dtype: torch.dtype, rounds: int, clock: Clock, *, depth: bool
+) -> None:
+    """A VGGT of 1B's widths with fewer layers, camera and depth head."""
+    config: dict[str, Any] = {
         "aggregator": {"depth": layers},
         "dino": {"depth": layers},
         "camera_head": {"trunk_depth": 1},
-        "depth_head": {"intermediate_layer_idx": [0, 0, layers - 1, layers - 1]},
     }
+    if depth:
+        config["depth_head"] = {"intermediate_layer_idx": [0, 0, layers - 1, layers - 1]}
     model = VGGT.from_config(config).eval()
     model.aggregator.to(dtype)
     images = torch.rand(1, frames, 3, SIZE[0] * 14, SIZE[1] * 14)
@@ -76,8 +83,10 @@ def forward(frames: int, layers: int, dtype: torch.dtype, rounds: int) -> None:
     contenders = [Contender(name="dense", run=lambda: run(None))]
     contenders += [Contender(name=f"keep {k}", run=lambda k=k: run(k)) for k in KEEPS]
     with torch.inference_mode():
-        found = race(contenders, rounds=rounds)
-    print(f"forward, {layers} of 24 layers, {frames} frames of 518x392, trunk in {dtype}")
+        found = race(contenders, rounds=rounds, clock=clock)
+    print(
+        f"forward, {layers} of 24 layers, {frames} frames of 518x392, {dtype}, depth head: {depth}"
+    )
     _show(found)
 
 
@@ -97,18 +106,30 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=16)
     parser.add_argument("--forward", action="store_true", help="the whole forward pass instead")
     parser.add_argument("--layers", type=int, default=2, help="of the forward pass")
+    parser.add_argument(
+        "--without-depth", action="store_true", help="leave out the head that no patch changes"
+    )
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument(
+        "--clock",
+        default="wall",
+        choices=CLOCKS,
+        help="cpu: seconds of this process, for machines that others stop; with one thread",
+    )
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    dtype = getattr(torch, arguments.dtype)
+    dtype, clock = getattr(torch, arguments.dtype), CLOCKS[arguments.clock]
+    if arguments.clock == "cpu" and arguments.threads != 1:
+        parser.error("--clock cpu adds up the seconds of all threads. Take --threads 1.")
     print(f"torch {torch.__version__}, {arguments.threads} threads, load {load_average()}")
+    depth = not arguments.without_depth
     for frames in arguments.frames:
         if arguments.forward:
-            forward(frames, arguments.layers, dtype, arguments.rounds)
+            forward(frames, arguments.layers, dtype, arguments.rounds, clock, depth=depth)
         else:
-            attention(frames, arguments.heads, dtype, arguments.rounds)
+            attention(frames, arguments.heads, dtype, arguments.rounds, clock)
 
 
 if __name__ == "__main__":

@@ -177,14 +177,21 @@ class BlockSparse:
         out = self._attend_blocks(parts, values, block_map, scale)
         if parts.is_plain:
             return out
-        tokens = parts.tokens
-        if parts.real is not None:
-            out, tokens = out.index_select(2, parts.real), tokens.index_select(0, parts.real)
-        order = torch.cat([parts.special, tokens]).argsort()
-        special = query.index_select(2, parts.special)
-        mask = None if attn_mask is None else mask_rows(attn_mask, parts.special)
-        seeing_all = DENSE(special, key, value, attn_mask=mask, is_causal=False, scale=scale)
-        return torch.cat([seeing_all, out], 2).index_select(2, order)
+        special, tokens, real = parts.special, parts.tokens, parts.real
+        del parts, values  # as large as the call's own tensors
+        if real is not None:
+            out, tokens = out.index_select(2, real), tokens.index_select(0, real)
+        mask = None if attn_mask is None else mask_rows(attn_mask, special)
+        seeing_all = DENSE(
+            query.index_select(2, special),
+            key,
+            value,
+            attn_mask=mask,
+            is_causal=False,
+            scale=scale,
+        )
+        joined = out.new_empty(*query.shape[:3], out.shape[3])
+        return joined.index_copy_(2, tokens, out).index_copy_(2, special, seeing_all)
 
     def _attend_blocks(
         self, parts: Arranged, values: Tensor, block_map: Tensor, scale: float | None
