@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from retrofit.kernels._operator import define_derivative, define_operator, refuse_derivative
+from retrofit.kernels._operator import (
+    define_derivative,
+    define_operator,
+    refuse_derivative,
+    without_autocast,
+)
 from retrofit.kernels.block_sparse.backends import run_backend
 from retrofit.kernels.block_sparse.backward import attend_backward
 from retrofit.kernels.block_sparse.lists import BlockLists, count_blocks, mask_from_lists
@@ -56,7 +61,7 @@ def _attend(
         is_causal=is_causal,
         scale=scale,
     )
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         out, lse = run_backend(problem, unpack_blocks(blocks), with_lse=with_lse, backend=backend)
     return out, lse if with_lse and lse is not None else _no_lse(query)
 
@@ -109,7 +114,7 @@ def _differentiate(
         is_causal=is_causal,
         scale=scale,
     )
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device.type):
         return attend_backward(grad_out, grad_lse, problem, unpack_blocks(blocks), out)
 
 

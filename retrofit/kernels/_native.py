@@ -30,7 +30,7 @@ def load_library(source: Path) -> Loaded:
     """
     if os.environ.get("RETROFIT_NATIVE", "1").lower() in ("0", "off", "false", "no"):
         return None, "switched off by RETROFIT_NATIVE"
-    return _load(source, os.environ.get("XDG_CACHE_HOME"), os.environ.get("HOME"))
+    return _load(source)
 
 
 def cache_directory() -> Path:
@@ -43,8 +43,8 @@ def cache_directory() -> Path:
 
 
 @lru_cache(maxsize=16)
-def _load(source: Path, cache_home: str | None, home: str | None) -> Loaded:
-    """Look once per source and place; making paths would take a good part of a short call."""
+def _load(source: Path) -> Loaded:
+    """Look once per source: making paths would take a good part of a short call."""
     cache = cache_directory()
     if os.name != "posix":
         return None, f"no native kernel for {platform.system()}"

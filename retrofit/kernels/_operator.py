@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -60,6 +61,13 @@ def refuse_derivative(name: str) -> None:
         )
 
     define_derivative(name, refuse, lambda ctx, inputs, output: None)
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """A context in which autocast is off; where it is off already, one that costs nothing."""
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def _hidden_from_dynamo(run: Function) -> Function:
