@@ -161,7 +161,13 @@ def run(
         config=config,
         trust_remote_code=trust_remote_code,
     )
-    given = {"width": width, "height": height, "steps": steps, "eta": eta, "seed": seed}
+    given: dict[str, Any] = {
+        "width": width,
+        "height": height,
+        "steps": steps,
+        "eta": eta,
+        "seed": seed,
+    }
     given |= {"device": device, "dtype": dtype, "config": config or None}
     given["trust_remote_code"] = trust_remote_code
     plan = pictures.plan_pictures(model, prompt_file, num_pictures, judge, sheet, given)

@@ -79,8 +79,9 @@ def arrange(  # noqa: PLR0913 - a call's tensors and every setting of its layout
         tokens = tokens[order_of]
     real = None
     if borders != "none":
-        places = places_between(grid, borders, block_size).to(query.device)
-        real = (places >= 0).nonzero()[:, 0]
+        places = places_between(grid, borders, block_size)
+        real = (places >= 0).nonzero()[:, 0].to(query.device)  # found without waiting for a device
+        places = places.to(query.device)
         tokens = tokens[places.clamp(min=0)]
     columns, shown = torch.cat([tokens, special]), None
     padding = -grid.num_grid_tokens % block
@@ -114,7 +115,8 @@ def places_between(grid: TokenGrid, borders: Borders, block_size: tuple[int, int
         block_size: Queries and keys per block.
 
     Returns:
-        int64: the number of a token in the order in which they are walked, -1 for a filling.
+        int64 on the CPU: the number of a token in the order in which they are walked, -1 for a
+        filling.
     """
     inside, sizes = grid.height * grid.width, [grid.height * grid.width]
     if borders == "tiles":
@@ -124,11 +126,12 @@ def places_between(grid: TokenGrid, borders: Borders, block_size: tuple[int, int
         sizes = [height * width for height in heights for width in widths]
     pieces, first = [], 0
     for size in sizes:
-        pieces.append(pad(torch.arange(first, first + size), (0, -size % block_size[1]), value=-1))
+        piece = torch.arange(first, first + size, device="cpu")
+        pieces.append(pad(piece, (0, -size % block_size[1]), value=-1))
         first += size
     frame = torch.cat(pieces)
     frame = pad(frame, (0, -frame.numel() % math.lcm(*block_size)), value=-1)
-    starts = torch.arange(grid.frames)[:, None] * inside
+    starts = torch.arange(grid.frames, device="cpu")[:, None] * inside
     return torch.where(frame >= 0, starts + frame, -1).flatten()
 
 

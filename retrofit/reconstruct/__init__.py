@@ -150,6 +150,7 @@ class Reconstructor:
             dtype_of=self._dtype_of,
             frames_per_chunk=self.settings.frames_per_chunk,
             offload=self.settings.offload and self.settings.device != "cpu",
+            prepare=None if self.what is None else self._patch_in,
         )
         needed, available = model.need(len(images)), available_memory(self.settings.device)
         if needed > available:
@@ -169,9 +170,13 @@ class Reconstructor:
                 self.checkpoint, [""], device=self.settings.device, dtype=self._dtype
             )
             if self.what is not None:
-                self._patch = patch(self._model, self.what, sites=self.sites, **self.parameters)
+                self._patch = self._patch_in(self._model)
         assert self._model is not None  # noqa: S101 - set above
         return self._model
+
+    def _patch_in(self, network: nn.Module) -> Patch:
+        assert self.what is not None  # noqa: S101 - the callers have looked
+        return patch(network, self.what, sites=self.sites, **self.parameters)
 
     def run(
         self,

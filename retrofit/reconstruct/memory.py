@@ -71,6 +71,7 @@ class MemoryModel:
         dtype_of: Callable[[str], torch.dtype | None] | None = None,
         frames_per_chunk: int | None = 8,
         offload: bool = False,
+        prepare: Callable[[nn.Module], Any] | None = None,
     ) -> None:
         """Build the network without memory.
 
@@ -80,6 +81,7 @@ class MemoryModel:
             dtype_of: Gives a tensor's dtype by its name; None leaves what `build` makes.
             frames_per_chunk: As for the network's forward.
             offload: Leave out what the network keeps in main memory between trunk and heads.
+            prepare: Called with the network, to patch it.
         """
         with torch.device("meta"):
             self.network: Any = build().eval()
@@ -87,6 +89,8 @@ class MemoryModel:
             dtype = None if dtype_of is None else dtype_of(name)
             if dtype is not None:
                 tensor.data = tensor.data.to(dtype)
+        if prepare is not None:
+            prepare(self.network)
         self.image_size = image_size
         self.frames_per_chunk = frames_per_chunk
         self.offload = offload
