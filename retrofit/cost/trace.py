@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
@@ -64,6 +64,19 @@ class Example:
     kwargs: Mapping[str, Any]
 
 
+def _without_storage(example: Example) -> Example:
+    """The same arguments in tensors of their own, so that those of the call can be let go."""
+
+    def copy(x: Any) -> Any:
+        if not isinstance(x, Tensor) or not x.is_meta:
+            return x
+        return torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+
+    with _disable_current_modes():
+        args, kwargs = tree_map(copy, (example.args, dict(example.kwargs)))
+    return Example(example.function, tuple(args), kwargs)
+
+
 @dataclass
 class Trace:
     """Operations of one or several calls.
@@ -95,7 +108,7 @@ class Trace:
         key = operation.family, operation.point
         held = self.examples.get(key)
         if held is None or held[0].amount < operation.amount:
-            self.examples[key] = operation, example
+            self.examples[key] = operation, _without_storage(example)
 
 
 @contextmanager

@@ -118,6 +118,16 @@ def test_memory_is_what_is_held_at_the_worst_moment():
     assert trace.peak_bytes == 4 * (100 + 1000 + 2000 + 2000)
 
 
+def test_what_a_layer_lets_go_is_not_counted_in_the_next():
+    layers = [nn.Sequential(nn.Linear(8, 4000), nn.GELU(), nn.Linear(4000, 8)) for _ in range(4)]
+    module = nn.Sequential(*layers).to("meta")
+    x = meta(50, 8)
+    with tracing(module) as trace:
+        module(x)
+    inside = 2 * 4 * 50 * 4000  # before and after the GELU of one layer
+    assert inside < trace.peak_bytes - trace.weight_bytes < 1.2 * inside
+
+
 def test_predicted_time_is_amount_times_rate():
     trace = trace_of(lambda: (torch.mm(meta(4, 5), meta(5, 6)), meta(100) + 1))
     rates = Rates(overhead=0.5)
