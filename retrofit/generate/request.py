@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -210,8 +211,8 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
         ),
         (request.steps is not None and request.steps < 1, "--steps: expected 1 or more."),
         (
-            request.guidance is not None and request.guidance < 0,
-            "--guidance: expected 0 or more; 0 or 1 is none.",
+            request.guidance is not None and not 0 <= request.guidance < math.inf,
+            f"--guidance: expected a number, 0 or more, got {request.guidance}; 0 or 1 is none.",
         ),
         (
             any(not 0 <= seed < SEED_LIMIT for seed in request.seeds),
@@ -233,6 +234,13 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
             request.eta is not None and not 0 <= request.eta <= 1,
             "--eta: expected 0 to 1.",
         ),
+        *(
+            (
+                value is not None and not math.isfinite(value),
+                f"{option}: expected a finite number, got {value}.",
+            )
+            for option, value in _weights(request)
+        ),
         (
             (request.controlnet is None) != (request.control_image is None),
             "--controlnet and --control-image: expected both or neither.",
@@ -245,4 +253,13 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
             request.offload not in ("none", "model", "sequential"),
             "--offload: expected none, model or sequential.",
         ),
+    ]
+
+
+def _weights(request: Request) -> list[tuple[str, float | None]]:
+    """The weights of what is added to the model, with their options."""
+    return [
+        ("--control-scale", request.control_scale),
+        ("--ip-scale", request.ip_scale),
+        *((f"--lora {path}", weight) for path, weight in request.loras),
     ]
