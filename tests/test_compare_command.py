@@ -188,3 +188,19 @@ def test_missing_model_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = _compare(capsys, "no-such-folder", "-m", "window")
     assert code == 2
     assert "no-such-folder: no such folder or file" in err
+
+
+@pytest.mark.parametrize(("asked", "expected"), [(None, "float32"), ("float16", "float16")])
+def test_float16_runs_in_float32_on_a_cpu_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], asked: str | None, expected: str
+) -> None:
+    from transformers import BertModel
+
+    encoder = tiny_pipelines.write_encoder_checkpoint(tmp_path / "encoder")
+    half = BertModel.from_pretrained(encoder).half()
+    half.save_pretrained(encoder)
+    words = [] if asked is None else ["--dtype", asked]
+    words += ["-m", "window", "--set", "keep=0.5", *FEW, "--json"]
+    code, out, err = _compare(capsys, encoder, *words)
+    assert code == 0, err
+    assert json.loads(out)["machine"]["dtype"] == expected

@@ -63,6 +63,29 @@ def check_weights(
     return found
 
 
+def dtype_to_run(
+    checkpoint: Checkpoint,
+    device: str,
+    asked: str | None,
+    components: Sequence[str] | None = None,
+) -> str | None:
+    """The dtype to load in: on a CPU float16 becomes float32, several times as fast there.
+
+    Args:
+        checkpoint: Where to look.
+        device: Where it runs.
+        asked: What the user wants, which is always taken.
+        components: Only these count; None looks at every component.
+
+    Returns:
+        A dtype's name; None keeps the checkpoint's own.
+    """
+    if asked is not None or not device.startswith("cpu"):
+        return asked
+    found = {weights.dtype for weights in check_weights(checkpoint, components).values()}
+    return "float32" if "float16" in found else None
+
+
 def build_networks(
     checkpoint: Checkpoint, components: Sequence[str] = (), *, trust_remote_code: bool = False
 ) -> Any:

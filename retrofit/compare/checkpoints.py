@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoint import Checkpoint, find_checkpoint
-from retrofit.checkpoint.opening import build_networks, load_networks
+from retrofit.checkpoint.opening import build_networks, dtype_to_run, load_networks
 from retrofit.compare import Progress, compare_models
 from retrofit.compare.inputs import InputChoice, make_inputs, scene_inputs, scene_size
 from retrofit.compare.measure import ModelInput
@@ -45,7 +45,7 @@ class Where:
 
     Attributes:
         device: Where they run.
-        dtype: Of the weights; None keeps the checkpoint's own.
+        dtype: Of the weights; None keeps the checkpoint's own, but float32 for float16 on a CPU.
         components: Networks of a pipeline; empty takes those that denoise.
         config: For a single file: folder or hub id with its configs.
         trust_remote_code: Whether code that comes with the checkpoint may run.
@@ -95,6 +95,8 @@ def compare_checkpoint(
         )
     recipes, components = _resolve(checkpoint, variants, where)
     named = () if components == ("",) else components
+    dtype = dtype_to_run(checkpoint, where.device, where.dtype, components)
+    where = replace(where, dtype=dtype)
     scenes = _read_scenes(checkpoint, choice)
     if scenes:
         choice = replace(choice, asked=scene_size(scenes))

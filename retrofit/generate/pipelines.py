@@ -13,7 +13,7 @@ from retrofit.checkpoint import Checkpoint
 from retrofit.checkpoint.fingerprint import sample_file
 from retrofit.checkpoint.libraries import quiet_libraries
 from retrofit.checkpoint.loading import load, patch_of, pick_device
-from retrofit.checkpoint.opening import build_networks, check_weights, load_whole
+from retrofit.checkpoint.opening import build_networks, dtype_to_run, load_whole
 from retrofit.errors import UnsupportedError, suggest
 from retrofit.generate.adapters import (
     LIBRARY_ERRORS,
@@ -57,7 +57,7 @@ def open_pipeline(request: Request, checkpoint: Checkpoint) -> Opened:
         InputError: If a part of the request does not fit the checkpoint.
     """
     device = pick_device(request.device)
-    dtype = request.dtype or _cpu_dtype(checkpoint, device)
+    dtype = dtype_to_run(checkpoint, device, request.dtype)
     options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": request.trust_remote_code}
     recipe = None if request.recipe is None else Recipe.from_dict(request.recipe)
     if checkpoint.manifest is not None and recipe is None:
@@ -136,14 +136,6 @@ def resolve_recipe(
     components = getattr(what, "components", ())
     networks = build_networks(checkpoint, components, trust_remote_code=trust_remote_code)
     return patch(networks, what, sites=sites, **(parameters or {})).recipe.to_dict()
-
-
-def _cpu_dtype(checkpoint: Checkpoint, device: str) -> str | None:
-    """Half-precision weights are computed in float32 on a CPU, which is quicker there."""
-    if device != "cpu":
-        return None
-    found = {weights.dtype for weights in check_weights(checkpoint).values()}
-    return "float32" if "float16" in found else None
 
 
 def _default(pipeline: Any, argument: str) -> Any:
