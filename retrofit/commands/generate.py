@@ -279,7 +279,8 @@ def run(
     request, place, record = make_request(
         model, prompts, seed, num_images, batch, given, like, patched=what is not None
     )
-    files = name_files(out, len(request.prompts) if place is None else 1, preview, force=force)
+    number = len(request.prompts) if place is None else 1
+    files = name_files(out, number, preview, request, force=force)
     with Generator(request, what, sites=sites or (), **parameters) as generator:
         refuse_other_model(generator, record, like)
         _generate(generator, files, place, preview, saving=not no_time_saved, as_json=json)

@@ -140,12 +140,27 @@ def refuse_other_model(
     )
 
 
-def name_files(out: Path, number: int, preview: bool, *, force: bool) -> list[Path]:
-    """Names of the pictures, and of the preview at the end."""
+def name_files(
+    out: Path, number: int, preview: bool, request: Request, *, force: bool
+) -> list[Path]:
+    """Names of the pictures, after a look at what would be replaced.
+
+    Raises:
+        InputError: If one can't be written, or would replace a picture that goes in.
+    """
     from retrofit.generate.png import name_outputs, refuse_outputs
 
     files = name_outputs(out, number)
-    refuse_outputs([*files, preview_of(files[0])] if preview else files, force=force)
+    written = [*files, preview_of(files[0])] if preview else files
+    refuse_outputs(written, force=force)
+    for option, read in request.files().items():
+        source = Path(read.path).expanduser()
+        for file in written:
+            if file.exists() and source.exists() and file.samefile(source):
+                raise InputError(
+                    f"-o {file}: is the picture that {option} reads, which --force does not "
+                    "replace. Give another name."
+                )
     return files
 
 

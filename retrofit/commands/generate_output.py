@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import shlex
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -100,8 +103,16 @@ def describe(generator: Generator, opened: Any, done: Done, saved: TimeSaved | N
             f"{abs(saved.seconds):.1f} s ({abs(saved.fraction):.0%}) {what}"
         )
     if len(done) == 1:
-        lines.append(f"again: retrofit generate --like {done[0][0]} -o again.png")
+        file = done[0][0]
+        again = shlex.join(["--like", str(file), "-o", str(_free_name("again"))])
+        lines.append(f"again: retrofit generate {again}")
     return lines
+
+
+def _free_name(stem: str) -> Path:
+    """`again.png`, or with the first number that gives a name nothing has yet."""
+    names = (Path(f"{stem}-{i}.png" if i > 1 else f"{stem}.png") for i in itertools.count(1))
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def as_json(

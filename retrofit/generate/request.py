@@ -15,6 +15,7 @@ from retrofit.errors import ConfigError, InputError, NotFoundError
 
 Offload = Literal["none", "model", "sequential"]
 SEED_LIMIT = 2**63
+PICTURES_IN = ("image", "mask", "control_image", "ip_image")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,7 +171,7 @@ class Request:
         known = {item.name for item in dataclasses.fields(cls)}
         try:
             values = {key: data[key] for key in data if key in known}
-            for key in ("image", "mask", "control_image", "ip_image"):
+            for key in PICTURES_IN:
                 if values.get(key) is not None:
                     values[key] = InputFile(**values[key])
             for key in ("prompts", "seeds"):
@@ -196,10 +197,15 @@ class Request:
         Raises:
             InputError: If one is missing or another one now.
         """
-        for name in ("image", "mask", "control_image", "ip_image"):
-            file = getattr(self, name)
-            if file is not None:
-                file.check(f"--{name.replace('_', '-')}")
+        for option, file in self.files().items():
+            file.check(option)
+
+    def files(self) -> dict[str, InputFile]:
+        """The pictures that go in, by the option that names them."""
+        found = {name: getattr(self, name) for name in PICTURES_IN}
+        return {
+            f"--{name.replace('_', '-')}": file for name, file in found.items() if file is not None
+        }
 
 
 def _rules(request: Request) -> list[tuple[bool, str]]:

@@ -59,6 +59,14 @@ def test_a_picture_has_the_training_size_unless_asked_otherwise(generate, tmp_pa
     assert pixels(tmp_path / "b.png").shape == (40, 72, 3)
 
 
+def test_making_it_again_is_told_with_a_name_that_is_free(generate, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert "--like again.png -o again-2.png" in generate(*QUICK, "-o", "again.png").out
+    (tmp_path / "again-2.png").touch()
+    answer = generate(*QUICK, "-o", "a b.png")
+    assert "again: retrofit generate --like 'a b.png' -o again-3.png" in answer.out
+
+
 def test_the_whole_recipe_stands_in_the_picture(generate, pipeline, tmp_path):
     generate(*QUICK, *TWICE, "--seed", "7", "--guidance", "4", "-o", tmp_path / "a.png")
     record = read_record(tmp_path / "a.png")

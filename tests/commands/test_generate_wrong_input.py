@@ -168,6 +168,16 @@ def test_an_output_that_exists_or_cant_be(refused, tmp_path):
     assert "is a folder" in refused("-n", "2", out="b.png")
 
 
+@pytest.mark.parametrize("option", ["--image", "--mask", "--control-image"])
+def test_a_picture_that_goes_in_is_not_replaced(refused, tmp_path, start, option):
+    (tmp_path / "a.png").symlink_to(start)
+    more = {"--mask": ("--image", tmp_path / "b.png"), "--control-image": ("--controlnet", "x")}
+    Image.new("RGB", (8, 8)).save(tmp_path / "b.png")
+    line = refused(option, start, *more.get(option, ()), "--force")
+    assert f"a.png: is the picture that {option} reads" in line
+    assert "exists" not in line
+
+
 def test_an_earlier_preview_is_not_replaced(refused, tmp_path):
     Image.new("RGB", (8, 8)).save(tmp_path / "a-preview.png")
     assert "a-preview.png: exists" in refused("--preview")
