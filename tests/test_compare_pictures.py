@@ -152,7 +152,18 @@ def test_pictures_of_an_encoder_are_refused(
     assert "text-to-image" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("text", ["def score(:", "x = 1", "raise ValueError('no')"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "def score(:",
+        "x = 1",
+        "raise ValueError('no')",
+        "def score(picture, prompt): return picture.convert('L')",
+        "def score(picture, prompt): return 'fine'",
+        "def score(picture, prompt): return {'sharp': 'very'}",
+        "def score(picture, prompt): return {'sharp': float('nan')}",
+    ],
+)
 def test_a_judge_that_can_not_judge_is_named(tmp_path: Path, text: str) -> None:
     file = tmp_path / "judge.py"
     file.write_text(text)
@@ -160,3 +171,21 @@ def test_a_judge_that_can_not_judge_is_named(tmp_path: Path, text: str) -> None:
         read_judge(file)
     with pytest.raises(NotFoundError, match="no such file"):
         read_judge(tmp_path / "other.py")
+
+
+def test_a_judge_that_fails_later_names_the_prompt_and_other_names_are_refused(
+    tmp_path: Path,
+) -> None:
+    file = tmp_path / "judge.py"
+    file.write_text(
+        "def score(picture, prompt):\n"
+        "    if prompt == 'b': raise ValueError('boom')\n"
+        "    return {prompt: picture[0, 0, 0]}\n"
+    )
+    judge = read_judge(file, "a")
+    picture = np.full((4, 5, 3), 7, np.uint8)
+    assert judge(picture, "a") == {"a": 7.0}
+    with pytest.raises(InputError, match=r"score\(picture, 'b'\) fails with ValueError\('boom'\)"):
+        judge(picture, "b")
+    with pytest.raises(InputError, match=r"expected the names \['a'\].*got \['c'\]"):
+        judge(picture, "c")

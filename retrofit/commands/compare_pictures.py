@@ -45,7 +45,8 @@ JudgeFile = Annotated[
     typer.Option(
         "--judge",
         metavar="FILE.py",
-        help="Python code of yours: its score(picture, prompt) gives numbers by name.",
+        help="Python code of yours: its score(picture, prompt) takes a NumPy array "
+        "(height, width, 3; 0 to 255) and gives numbers by name.",
         rich_help_panel=PICTURES,
     ),
 ]
@@ -109,9 +110,9 @@ def plan_pictures(
     from retrofit.compare.pictures import read_judge
     from retrofit.generate import Generator, Request
 
-    if judge is not None:
-        read_judge(judge)
     prompts = read_prompts(None, prompt_file)[:num_pictures]
+    if judge is not None:
+        read_judge(judge, prompts[0])
     values = {key: value for key, value in given.items() if value is not None}
     first = values.pop("seed", 0)
     seeds = tuple(first + i for i in range(len(prompts)))

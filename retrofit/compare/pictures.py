@@ -27,6 +27,7 @@ from retrofit.timing import Spread
 
 DENSE = "dense"
 WARM_UP_STEPS = 3
+TRIAL = 128  # pixels of the grey picture that a judge is tried on
 CELL, LABEL, LEAST_COLUMNS = 192, 46, 3  # pixels of a contact sheet
 Z = 1.96  # of a 95% interval
 
@@ -158,16 +159,24 @@ def _speed(dense: Sequence[Picture], patched: Sequence[Picture]) -> Spread | Non
 
 
 def _judge(judge: Judge, pictures: Sequence[Picture]) -> dict[str, Spread]:
-    said = [judge(np.asarray(picture.image), picture.prompt) for picture in pictures]
-    return {name: Spread(values=tuple(float(s[name]) for s in said)) for name in said[0]}
+    said = [judge(np.array(picture.image), picture.prompt) for picture in pictures]
+    return {name: Spread(values=tuple(s[name] for s in said)) for name in said[0]}
 
 
-def read_judge(file: Path) -> Judge:
+def read_judge(file: Path, prompt: str = "") -> Judge:
     """The function `score(picture, prompt)` of a Python file that the user names.
+
+    It is given red, green and blue as a NumPy array `[H, W, 3]`, uint8, and gives finite numbers by
+    name, the same names for every picture. It is tried on a grey picture at once, so that a mistake
+    in it shows before anything is drawn.
+
+    Args:
+        file: Python code, run as it is.
+        prompt: To try it with.
 
     Raises:
         NotFoundError: If there is no such file.
-        InputError: If it fails, or has no such function.
+        InputError: If it fails, or has no such function; later too, when the function is called.
     """
     if not file.is_file():
         raise NotFoundError(f"--judge {file}: no such file. Name a Python file.")
@@ -181,13 +190,44 @@ def read_judge(file: Path) -> Judge:
             spec.loader.exec_module(module)
         except Exception as error:
             raise InputError(f"--judge {file}: it fails with {error!r}. Mend it.") from error
-    score: Judge | None = getattr(module, "score", None)
+    score = getattr(module, "score", None)
     if not callable(score):
         raise InputError(
             f"--judge {file}: expected a function score(picture, prompt) that gives numbers by "
             "name. Write one."
         )
-    return score
+    judge = _checked(score, file)
+    judge(np.full((TRIAL, TRIAL, 3), 128, np.uint8), prompt)
+    return judge
+
+
+def _checked(score: Callable[..., Any], file: Path) -> Judge:
+    """A judge whose mistakes are told as such."""
+    names: list[set[str]] = []
+
+    def judge(picture: NDArray[np.uint8], prompt: str) -> dict[str, float]:
+        where = f"--judge {file}: score(picture, {prompt!r})"
+        try:
+            said = score(picture, prompt)
+        except Exception as error:
+            raise InputError(f"{where} fails with {error!r}. Mend it.") from error
+        try:
+            numbers = {str(name): float(value) for name, value in said.items()}
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{where}: expected numbers by name, as in {{'sharp': 0.9}}, got {said!r}."
+            ) from error
+        if not all(map(math.isfinite, numbers.values())):
+            raise InputError(f"{where}: expected finite numbers, got {said!r}. Mend it.")
+        names.append(set(numbers))
+        if names[-1] != names[0]:
+            raise InputError(
+                f"{where}: expected the names {sorted(names[0])} as for the first picture, got "
+                f"{sorted(numbers)}. Give the same for every picture."
+            )
+        return numbers
+
+    return judge
 
 
 @contextmanager
