@@ -12,6 +12,7 @@ from retrofit.commands.console import count, print_json, print_lines
 from retrofit.commands.generate_inputs import (
     make_request,
     name_files,
+    note_replaced_patch,
     preview_of,
     read_input,
     read_lora,
@@ -215,7 +216,9 @@ def run(
     r"""Make pictures, also at two and four times the size a model was trained at.
 
     Any text-to-image pipeline of diffusers, patched or not; with --method, patched in memory. Each
-    PNG holds its whole recipe, so --like makes it again, pixel for pixel on the same machine.
+    PNG holds its whole recipe, so --like makes it again, pixel for pixel on the same machine. --set
+    and --sites alone change the recipe of that PNG, or that of a patched checkpoint; --method and
+    --recipe replace it.
 
     [bold]Examples[/bold]
 
@@ -274,8 +277,6 @@ def run(
     prompts = read_prompts(prompt, prompt_file)
     what = None if method is None and recipe is None else options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
-    if what is None and (parameters or sites):
-        raise InputError("--set and --sites need --method or --recipe. Name one.")
     request, place, record = make_request(
         model, prompts, seed, num_images, batch, given, like, patched=what is not None
     )
@@ -283,6 +284,8 @@ def run(
     files = name_files(out, number, preview, request, force=force)
     with Generator(request, what, sites=sites or (), **parameters) as generator:
         refuse_other_model(generator, record, like)
+        if what is not None:
+            note_replaced_patch(generator)
         _generate(generator, files, place, preview, saving=not no_time_saved, as_json=json)
 
 

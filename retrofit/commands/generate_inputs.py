@@ -140,6 +140,16 @@ def refuse_other_model(
     )
 
 
+def note_replaced_patch(generator: Generator) -> None:
+    """Say that `--method` or `--recipe` takes the place of what a checkpoint was saved with."""
+    manifest, recipe = generator.checkpoint.manifest, generator.request.recipe
+    if manifest is not None and recipe is not None:
+        say(
+            f"note: {generator.request.model} was saved with {manifest.recipe['method']}; "
+            f"{recipe['method']} replaces it, as asked here"
+        )
+
+
 def name_files(
     out: Path, number: int, preview: bool, request: Request, *, force: bool
 ) -> list[Path]:

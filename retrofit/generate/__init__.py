@@ -45,12 +45,14 @@ class Generator:
 
         Args:
             request: What to make.
-            what: A method's name or a recipe, instead of `request.recipe`.
-            sites: Globs instead of the recipe's.
+            what: A method's name or a recipe, instead of `request.recipe` and of what a patched
+                checkpoint was saved with.
+            sites: Globs instead of the recipe's, whichever of the three it is.
             parameters: Settings of the method instead of the recipe's.
 
         Raises:
-            InputError: If the request is wrong or does not fit the checkpoint.
+            InputError: If the request is wrong or does not fit the checkpoint, or there is no
+                recipe for `sites` and `parameters` to change.
         """
         from retrofit.generate.pipelines import resolve_recipe
         from retrofit.generate.sizes import complete_request, find_image_checkpoint
@@ -58,6 +60,8 @@ class Generator:
         request.check()
         self.checkpoint: Checkpoint = find_image_checkpoint(request)
         request = complete_request(request, self.checkpoint)
+        if what is None and (sites or parameters):
+            what = self._present_recipe(request)
         if what is not None:
             recipe = resolve_recipe(
                 self.checkpoint,
@@ -70,6 +74,19 @@ class Generator:
         self.request = request
         self._opened: Opened | None = None
         self._watch: Watch | None = None
+
+    def _present_recipe(self, request: Request) -> Recipe:
+        """What is installed if nothing else is asked for."""
+        from retrofit.errors import InputError
+        from retrofit.recipe import Recipe
+
+        if request.recipe is not None:
+            return Recipe.from_dict(request.recipe)
+        if self.checkpoint.manifest is not None:
+            return Recipe.from_dict(self.checkpoint.manifest.recipe)
+        raise InputError(
+            "--set and --sites change a recipe, and there is none. Add --method or --recipe."
+        )
 
     def __enter__(self) -> Generator:
         """Use as `with Generator(...) as generator:`."""

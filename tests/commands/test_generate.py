@@ -115,6 +115,37 @@ def test_like_takes_changes(generate, run_command, tmp_path):
     assert request["recipe"]["method"] == "hidiffusion"
 
 
+def test_a_setting_changes_the_recipe_of_the_picture(generate, run_command, tmp_path):
+    generate(*QUICK, *TWICE, "--set", "first_steps=[0.7,0.7]", "-o", tmp_path / "a.png")
+    again = ("generate", "--like", tmp_path / "a.png")
+    site = "unet.down_blocks.0.*"
+    answer = run_command(*again, "--set", "raunet=false", "--sites", site, "-o", tmp_path / "b.png")
+    assert answer.code == 0, answer.err
+    recipe = read_record(tmp_path / "b.png")["request"]["recipe"]
+    assert recipe["parameters"]["raunet"] is False
+    assert recipe["parameters"]["first_steps"] == [0.7, 0.7]
+    assert recipe["sites"] == [site]
+    changed = ("-m", "hidiffusion", "--set", "windows=false", "-o", tmp_path / "c.png")
+    assert run_command(*again, *changed).code == 0
+    parameters = read_record(tmp_path / "c.png")["request"]["recipe"]["parameters"]
+    assert parameters["windows"] is False
+    assert parameters["raunet"] is True
+    assert parameters["first_steps"] != [0.7, 0.7]
+
+
+def test_a_setting_changes_what_a_checkpoint_was_saved_with(generate, patched_pipeline, tmp_path):
+    more = (*QUICK, "--size", "64x64")
+    answer = generate(
+        *more, "--set", "raunet=false", "-o", tmp_path / "a.png", model=patched_pipeline
+    )
+    assert "note" not in answer.err
+    recipe = read_record(tmp_path / "a.png")["request"]["recipe"]
+    assert (recipe["method"], recipe["parameters"]["raunet"]) == ("hidiffusion", False)
+    answer = generate(*more, "-m", "window", "-o", tmp_path / "b.png", model=patched_pipeline)
+    assert "was saved with hidiffusion; window replaces it" in answer.err
+    assert read_record(tmp_path / "b.png")["request"]["recipe"]["method"] == "window"
+
+
 def test_several_pictures_are_numbered_and_each_has_its_seed(generate, tmp_path):
     (tmp_path / "prompts.txt").write_text("a cat\n\nthe dog\n")
     answer = generate(

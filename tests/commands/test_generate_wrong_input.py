@@ -205,7 +205,7 @@ def test_an_earlier_preview_is_not_replaced(refused, tmp_path):
         (("-n", "0"), "--num-images 0: expected 1 or more"),
         (("--batch", "0"), "--batch 0: expected 1 or more"),
         (("--scheduler", "eulr"), "Did you mean euler"),
-        (("--set", "keep=0.5"), "need --method or --recipe"),
+        (("--set", "keep=0.5"), "change a recipe, and there is none. Add --method or --recipe"),
         (("--method", "hidifusion"), "Did you mean hidiffusion"),
         (("--method", "hidiffusion", "--set", "first_steps=2"), "first_steps: expected"),
         (("--device", "warp"), "device 'warp' can't be used"),
@@ -230,6 +230,8 @@ def test_a_mask_without_a_picture(refused, start):
 def test_like_makes_one_picture(refused, pipeline, run_command, tmp_path):
     made = run_command("generate", pipeline, "-p", "a", "--steps", "1", "-o", tmp_path / "b.png")
     assert made.code == 0, made.err
+    line = refused("--like", tmp_path / "b.png", "--set", "raunet=false")
+    assert "change a recipe, and there is none" in line
     assert "makes one picture" in refused("--like", tmp_path / "b.png", "-n", "2")
 
 
