@@ -94,7 +94,7 @@ def print_row(row: ViewRow, dense: ViewRow) -> None:
     values = " | ".join(f"{row.metrics[name]:.4g}" for name in COLUMNS)
     told = ""
     if row is not dense:
-        changes = row.change(dense)
+        changes = {name: one for name, one in row.change(dense).items() if one.relative}
         worst = max(changes, key=lambda name: changes[name].value)
         change = changes[worst]
         told = f"{change.value:+.1%} {worst} ({change.low:+.1%} to {change.high:+.1%})"

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from retrofit.compare.metrics import GroupMetric, Metric
 from retrofit.compare.result import Comparison, Row
-from retrofit.compare.views import TruthMetric
+from retrofit.compare.views import Change, TruthMetric
 from retrofit.timing import Spread
 
 if TYPE_CHECKING:
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 COLORS = {"faster": "tab:green", "slower": "tab:red", "alike": "tab:gray"}
+ENOUGH_SCENES = 3  # for how sure a change is; resampling fewer says nothing
 FASTER = 1.02  # below this factor a difference in speed is not called one
 
 
@@ -34,6 +35,7 @@ def to_dict(comparison: Comparison) -> dict[str, Any]:
         "attention_share": comparison.attention_share,
         "metrics": {m.name: {"meaning": m.meaning, "better": m.better} for m in comparison.metrics},
         "scenes": comparison.scenes,
+        "dense_is_truth": comparison.dense_is_truth,
         "truth_metrics": {
             m.name: {"meaning": m.meaning, "better": m.better} for m in comparison.truth_metrics
         },
@@ -81,7 +83,7 @@ def table(comparison: Comparison) -> tuple[list[str], list[list[str]]]:
         (_label_metric(m), functools.partial(_metric_cell, metric=m)) for m in comparison.metrics
     ]
     rows += [
-        (_label_truth(m), functools.partial(_truth_cell, metric=m))
+        (_label_truth(m), functools.partial(_truth_cell, comparison, metric=m))
         for m in comparison.truth_metrics
     ]
     rows += [("ms an input\nmin to max", lambda row: _cell(row.seconds, _milliseconds))]
@@ -112,20 +114,32 @@ def _label_truth(metric: TruthMetric) -> str:
 
 def _shown_name(metric: TruthMetric) -> str:
     names = {"abs_rel": "depth AbsRel", "points": "point error"}
-    names |= {name: f"{name} error, degrees" for name in ("rotation", "translation")}
+    names |= {name: f"{name} error in degrees" for name in ("rotation", "translation")}
     return names.get(metric.name, metric.name.upper())
 
 
-def _truth_cell(row: Row, *, metric: TruthMetric) -> str:
+def _truth_cell(comparison: Comparison, row: Row, *, metric: TruthMetric) -> str:
     value = row.truth.get(metric.name)
     if value is None:
         return ""
     change = row.truth_change.get(metric.name)
-    shown = f"{value:.2f}" if value >= 1 else f"{value:.4f}"
-    if change is None:
-        return f"{shown}\n"
-    worse = "worse" if change.value > 0 else "better"
-    return f"{shown}\n{abs(change.value):.1%} {worse}"
+    if comparison.dense_is_truth:
+        said = "the truth" if change is None else ""
+    else:
+        said = "" if change is None else _change_words(change)
+    return f"{_truth_number(value)}\n{said}"
+
+
+def _truth_number(value: float) -> str:
+    return f"{value:.2f}" if value >= 1 else f"{value:.4f}"
+
+
+def _change_words(change: Change) -> str:
+    size = abs(change.value)
+    shown = f"{size:.1%}" if change.relative else _truth_number(size)
+    if float(shown.rstrip("%")) == 0:
+        return "the same"
+    return f"{shown} {'worse' if change.value > 0 else 'better'}"
 
 
 def _label_metric(metric: Metric) -> str:
@@ -222,13 +236,26 @@ def _error(row: Row) -> str:
 
 
 def _truth_words(comparison: Comparison, row: Row) -> list[str]:
-    """The number that moved away from the truth most."""
-    if not row.truth_change:
+    """The number that moved away from the truth most; all errors where dense made the truth."""
+    if comparison.dense_is_truth:
+        errors = [
+            f"{_shown_name(m)} {_truth_number(row.truth[m.name])}"
+            for m in comparison.truth_metrics
+            if m.better == "lower"
+        ]
+        return [f"dense is the truth here, against which {row.name} has {', '.join(errors)}"]
+    changed = {name: change for name, change in row.truth_change.items() if change.relative}
+    if not changed:
         return []
-    name, change = max(row.truth_change.items(), key=lambda item: item[1].value)
+    name, change = max(changed.items(), key=lambda item: item[1].value)
+    if change.value <= 0:
+        return ["against the truth no number is worse than dense's"]
     metric = next(metric for metric in comparison.truth_metrics if metric.name == name)
-    sure = f"{change.low:+.1%} to {change.high:+.1%} over resampled scenes"
-    return [f"against the truth {_shown_name(metric)} suffers most, {change.value:+.1%} ({sure})"]
+    moves = "falls" if metric.better == "higher" else "grows"
+    said = f"against the truth {_shown_name(metric)} suffers most: it {moves} by {change.value:.1%}"
+    if comparison.scenes >= ENOUGH_SCENES:
+        said += f" ({change.low:.1%} to {change.high:.1%} over resampled scenes)"
+    return [said]
 
 
 def _memory_words(comparison: Comparison, row: Row) -> list[str]:
@@ -304,7 +331,7 @@ def _draw_truth(axis: Axes, comparison: Comparison) -> None:
             change = row.truth_change[metric.name]
             height = place + 0.8 * ((number + 0.5) / len(metrics) - 0.5)
             color = f"C{number}"
-            label = _shown_name(metric).split(",")[0] if place == 0 else None
+            label = _shown_name(metric).split(" in ")[0] if place == 0 else None
             axis.plot([change.low, change.high], [height] * 2, color=color, linewidth=1)
             axis.plot(change.value, height, "o", color=color, markersize=4, label=label)
     axis.axvline(0, color="black", linestyle="--", linewidth=1)

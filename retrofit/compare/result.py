@@ -95,6 +95,12 @@ class Comparison:
         """The patched ones."""
         return self.rows[1:]
 
+    @property
+    def dense_is_truth(self) -> bool:
+        """Whether the dense model made the truth, so that none of its errors is above its floor."""
+        errors = [m for m in self.truth_metrics if m.better == "lower"]
+        return bool(errors) and all(self.dense.truth[m.name] <= m.floor for m in errors)
+
     def memory_exceeds(self, row: Row) -> bool:
         """Whether a variant's peak memory is above dense's by more than the allowance."""
         if row.peak_bytes is None or self.dense.peak_bytes is None:

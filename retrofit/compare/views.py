@@ -36,31 +36,41 @@ class TruthMetric:
         name: Key in JSON, heading in tables.
         meaning: One line for people.
         better: Whether less or more of it is closer to the truth.
+        floor: A dense number up to here is as good as none: what is lost or gained against it is
+            said in the metric's own unit, not relative to it.
     """
 
     name: str
     meaning: str
     better: Literal["lower", "higher"]
+    floor: float
 
 
 TRUTH_METRICS = (
-    TruthMetric(name="abs_rel", meaning="mean relative error of the depth", better="lower"),
-    TruthMetric(name="points", meaning="mean distance from the true point", better="lower"),
+    TruthMetric(
+        name="abs_rel", meaning="mean relative error of the depth", better="lower", floor=1e-3
+    ),
+    TruthMetric(
+        name="points", meaning="mean distance from the true point", better="lower", floor=1e-3
+    ),
     TruthMetric(
         name="rotation",
         meaning="rotation between two views, median error in degrees",
         better="lower",
+        floor=0.1,
     ),
     TruthMetric(
         name="translation",
         meaning="direction from one view to another, median error in degrees",
         better="lower",
+        floor=0.1,
     ),
     *(
         TruthMetric(
             name=f"{short}@{limit}",
             meaning=f"fraction of the pairs whose {what} is right within {limit} degrees",
             better="higher",
+            floor=0.05,
         )
         for short, what in (("rra", "rotation"), ("rta", "translation"))
         for limit in ANGLES
@@ -104,17 +114,20 @@ class SceneErrors:
 
 @dataclass(frozen=True, kw_only=True)
 class Change:
-    """By how much an error is larger than dense's, or a fraction smaller, relative to dense.
+    """By how much an error is larger than dense's, or a fraction smaller.
 
     Attributes:
-        value: Over all scenes; 0.02 is 2% worse.
+        value: Over all scenes; 0.02 is 2% worse, or worse by 0.02.
         low: 5th percentile over resamplings of the scenes, the same ones for dense.
         high: 95th percentile.
+        relative: Whether it is a fraction of dense's number; where that is next to nothing (see
+            `TruthMetric.floor`), it is the difference itself.
     """
 
     value: float
     low: float
     high: float
+    relative: bool = True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,9 +263,10 @@ def changes(
         if old[0].isnan():
             continue
         loss = old - new if metric.better == "higher" else new - old
-        relative = loss / torch.where(old == 0, 1.0, old)
-        low, high = torch.nanquantile(relative[1:], torch.tensor([0.05, 0.95])).tolist()
-        made[metric.name] = Change(value=relative[0].item(), low=low, high=high)
+        relative = old[0].item() > metric.floor
+        change = loss / old.clamp_min(metric.floor) if relative else loss
+        low, high = torch.nanquantile(change[1:], torch.tensor([0.05, 0.95])).tolist()
+        made[metric.name] = Change(value=change[0].item(), low=low, high=high, relative=relative)
     return made
 
 
