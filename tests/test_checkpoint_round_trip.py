@@ -226,7 +226,7 @@ def test_load_finds_an_edit_that_no_sample_sees(encoder, tmp_path, monkeypatch):
     flip_byte(weights, weights.stat().st_size // 2 + 500)
     assert fingerprint.sample_file(weights) == before
     os.utime(weights, ns=(0, (folder / MANIFEST).stat().st_mtime_ns + 1))
-    with pytest.raises(VerificationError, match="not the file that was patched"):
+    with pytest.raises(VerificationError, match="its bytes changed since patching"):
         retrofit.load(folder)
 
 
@@ -279,7 +279,7 @@ def test_unpatch_writes_nothing_when_a_byte_changed(patched, copy_of, tmp_path):
     # a byte between the samples of a big file would only be seen by the full hash
     edit_manifest(folder, lambda data: data["files"], sign=True)
     flip_byte(weights, weights.stat().st_size // 2)
-    with pytest.raises(VerificationError, match="does not belong|bytes changed"):
+    with pytest.raises(VerificationError, match="bytes changed"):
         retrofit.unpatch(folder, tmp_path / "back")
     assert not (tmp_path / "back").exists()
     assert [p.name for p in tmp_path.iterdir()] == [folder.name]

@@ -351,7 +351,7 @@ def test_force_replaces_only_what_patch_wrote(
     with (earlier / WEIGHTS).open("r+b") as stream:
         stream.seek(-4, 2)
         stream.write(b"mine")
-    assert "not the file that was patched" in refused(*_patch(encoder, earlier, "--force"))
+    assert "its bytes changed since patching" in refused(*_patch(encoder, earlier, "--force"))
     assert "--force replaces only" in refused("unpatch", patched, "-o", earlier, "--force")
     shutil.rmtree(earlier)
     again = copy_of(patched)

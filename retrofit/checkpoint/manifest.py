@@ -133,9 +133,11 @@ class Manifest:
             if not file.is_file():
                 raise VerificationError(f"{file}: missing, though {MANIFEST} lists it. {RESTORE}")
             if not record.matches(file, written_before=written_before):
+                found = file.stat().st_size
+                other = f", or it is another file: {found} bytes, {record.size} recorded"
                 raise VerificationError(
-                    f"{file}: not the file that was patched, so {MANIFEST} does not belong to it. "
-                    f"{RESTORE}"
+                    f"{file}: its bytes changed since patching"
+                    f"{'' if found == record.size else other}. {RESTORE}"
                 )
 
 

@@ -155,7 +155,10 @@ def test_verify_notices_a_flipped_byte(patched, copy_of, run_command):
     flip_byte(weights, weights.stat().st_size // 2)
     answer = run_command("verify", folder)
     assert answer.code == 1
-    assert answer.err.splitlines()[-1].startswith(f"error: {weights}: ")
+    line = answer.err.splitlines()[-1]
+    assert line.startswith(f"error: {weights}: its bytes changed since patching. Restore it")
+    weights.write_bytes(b"another")
+    assert "or it is another file: 7 bytes, " in run_command("verify", folder).err
 
 
 def test_verify_notices_an_edited_recipe(patched, copy_of, run_command):
