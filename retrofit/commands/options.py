@@ -22,7 +22,7 @@ Model = Annotated[
     typer.Argument(
         metavar="MODEL",
         help="A folder (pipeline, component or transformers model), a hub id, a .safetensors "
-        "file, or `shapes`, the small bundled model.",
+        "file, or a bundled name: `shapes` (pictures) or `rooms` (views).",
         show_default=False,
     ),
 ]
