@@ -69,7 +69,7 @@ def run(
         typer.Option(
             "--size",
             metavar="WxH",
-            help="Pixels; the training size by default.",
+            help="Pixels; by default those of --image or --control-image, else the training size.",
             rich_help_panel=PICTURE,
         ),
     ] = None,
