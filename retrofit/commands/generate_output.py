@@ -88,12 +88,14 @@ def describe(generator: Generator, opened: Any, done: Done, saved: TimeSaved | N
     if opened.handle is not None:
         report = opened.handle.report
         lines.append(f"{', '.join(report.families)}: {report}")
-    lines += [
-        f"wrote {file}: {picture.image.width}x{picture.image.height}, seed {picture.seed}, "
-        f"{picture.seconds:.1f} s"
-        + (f" for {n} at once" if (n := generator.request.batch) > 1 else "")
-        for file, picture in done
-    ]
+    request = generator.request
+    for file, picture in done:
+        first = picture.place // request.batch * request.batch
+        together = min(request.batch, len(request.prompts) - first)
+        lines.append(
+            f"wrote {file}: {picture.image.width}x{picture.image.height}, seed {picture.seed}, "
+            f"{picture.seconds:.1f} s" + (f" for {together} at once" if together > 1 else "")
+        )
     if saved is not None:
         what = "saved" if saved.seconds >= 0 else "lost: at this size the patch does not pay"
         lines.append(

@@ -161,6 +161,15 @@ def test_several_pictures_are_numbered_and_each_has_its_seed(generate, tmp_path)
     assert np.array_equal(pixels(tmp_path / "out-4.png"), pixels(tmp_path / "alone.png"))
 
 
+def test_a_picture_that_is_left_over_is_not_said_to_be_of_a_batch(generate, tmp_path):
+    answer = generate(
+        *("-p", "a", "-n", "3", "--steps", "2", "--batch", "2", "-o", tmp_path / "a.png")
+    )
+    wrote = [line for line in answer.out.splitlines() if line.startswith("wrote")]
+    assert [line.endswith(" s for 2 at once") for line in wrote] == [True, True, False]
+    assert "at once" not in wrote[2]
+
+
 def test_a_patched_checkpoint_makes_what_the_method_makes(
     generate, patched_pipeline, tmp_path, run_command
 ):
