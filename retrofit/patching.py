@@ -206,7 +206,7 @@ def _resolve(
         recipe = what if isinstance(what, Recipe) else Recipe(method=what)
     if recipe.family not in (None, *(network.family.name for network in found)):
         raise UnsupportedError(
-            f"recipe: written for family {recipe.family!r}, got {found[0].family.name!r}. "
+            f"{recipe.name}: written for family {recipe.family!r}, got {found[0].family.name!r}. "
             "Use a recipe of that family, or the method's name for its defaults."
         )
     if parameters:  # what a shipped recipe says of itself need not be true of the new settings

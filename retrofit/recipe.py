@@ -33,6 +33,7 @@ class Recipe:
             means every site that the method takes.
         components: Networks of a pipeline to patch; empty means its denoising networks.
         description: What it is good for.
+        name: What messages call it; no part of the recipe.
     """
 
     method: Method
@@ -40,6 +41,7 @@ class Recipe:
     sites: tuple[str, ...] = ()
     components: tuple[str, ...] = ()
     description: str = ""
+    name: str = dataclasses.field(default="recipe", compare=False, repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data: what YAML and `retrofit.json` hold."""
@@ -92,6 +94,7 @@ class Recipe:
             method=method,
             family=data.get("family"),
             description=str(data.get("description", "")),
+            name=where,
             **lists,
         )
 

@@ -197,7 +197,9 @@ def test_a_method_that_does_not_fit_says_which_do(refused, encoder, tmp_path):
 def test_a_recipe_of_another_family(refused, encoder, tmp_path):
     (tmp_path / "mine.yaml").write_text("method: window\nfamily: wan\n")
     line = refused("patch", encoder, "--recipe", tmp_path / "mine.yaml", "-o", tmp_path / "out")
-    assert "written for family 'wan', got 'encoder'" in line
+    assert f"--recipe {tmp_path / 'mine.yaml'}: written for family 'wan', got 'encoder'" in line
+    line = refused("patch", encoder, "--recipe", "unet2d_hidiffusion", "-o", tmp_path / "out")
+    assert "--recipe unet2d_hidiffusion: written for family 'unet2d', got 'encoder'" in line
 
 
 def test_a_component_that_does_not_exist(refused, pipeline, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -166,7 +167,7 @@ def read_recipe(method: str | None, recipe: str | None) -> Recipe | str:
                 f"--recipe {recipe}: is for {found.method.name}, --method says {method}. "
                 "Give one of them."
             )
-        return found
+        return replace(found, name=f"--recipe {recipe}")
     if method is None:
         from retrofit.methods import METHODS
 
