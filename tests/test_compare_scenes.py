@@ -130,6 +130,11 @@ def test_photos_are_looked_for_in_images_and_where_path_says(tmp_path: Path) -> 
         read_scene(folder, FIT)
 
 
+def test_one_view_of_a_scene_is_refused_by_the_name_of_its_option(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"^--frames 1: expected two views"):
+        read_scene(write_scene(tmp_path / "a"), FIT, views=1)
+
+
 @pytest.mark.parametrize(
     ("frames", "match"),
     [

@@ -102,6 +102,8 @@ def read_scenes(
 
 def read_scene(folder: Path, fitting: Fitting, *, views: int | None = None) -> NamedScene:
     """One scene; see `read_scenes`."""
+    if views is not None and views < 2:
+        raise InputError(f"--frames {views}: expected two views of a scene or more. Take 2.")
     file = folder / CAMERAS
     frames = _read_frames(file) if file.is_file() else None
     photos = _photos(folder) if frames is None else [frame.photo for frame in frames]

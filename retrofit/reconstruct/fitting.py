@@ -12,6 +12,7 @@ from retrofit.architectures.images import FitMode, ImageFit, load_images
 from retrofit.architectures.recognition import network_class
 from retrofit.checkpoint import Checkpoint
 from retrofit.checkpoint.opening import check_weights
+from retrofit.errors import InputError
 
 PI3_PIXELS = 255_000  # of a photo, at most, at the width that Pi3 was trained at
 
@@ -35,10 +36,19 @@ class Fitting:
             checkpoint: Its config is read.
             size: Width in pixels; None takes what it was trained at.
             mode: None takes the network's own.
+
+        Raises:
+            InputError: If the size is not of whole patches.
         """
         _, name = checkpoint.classes[""]
         config = network_class(name).read_config(checkpoint.config(""))
         trunk = config.encoder if name == "Pi3" else config.aggregator
+        if size is not None and (size < trunk.patch_size or size % trunk.patch_size):
+            raise InputError(
+                f"--size {size}: expected a width that is a multiple of {trunk.patch_size}, the "
+                f"patch of {checkpoint.name}. "
+                f"Take {max(round(size / trunk.patch_size), 1) * trunk.patch_size}."
+            )
         width = size or trunk.img_size
         scale = 1 if width == trunk.img_size == 518 else (width / 518) ** 2
         return cls(

@@ -72,7 +72,7 @@ def test_a_view_named_twice(call, photos: Path) -> None:
 
 def test_a_size_that_is_no_multiple_of_the_patch(networks, photos, tmp_path, run_command) -> None:
     given = ("reconstruct", networks["vggt"], photos, "--size", 60, "-o", tmp_path / "scene")
-    _is_one_line(run_command(*given), "multiple of 14", "Take 56")
+    _is_one_line(run_command(*given), "error: --size 60: ", "multiple of 14", "Take 56")
 
 
 def test_an_unknown_fit(call, photos: Path) -> None:
