@@ -11,7 +11,8 @@ from retrofit.checkpoint import find_checkpoint
 from retrofit.checkpoint.hub import fetch
 from retrofit.checkpoint.libraries import quiet_libraries
 from retrofit.checkpoint.opening import load_networks
-from retrofit.errors import InputError, UnsupportedError
+from retrofit.checkpoint.weights import read_header
+from retrofit.errors import CheckpointError, InputError, UnsupportedError
 from retrofit.generate.request import Request
 
 # what the libraries raise for weights and configs that they can't use
@@ -60,6 +61,7 @@ def add_loras(pipeline: Any, request: Request) -> None:
                 f"{what}: {type(pipeline).__name__} takes no LoRA. Leave it out."
             )
         location = _file_or_hub(path, what)
+        _require_whole(location, what, fix)
         with _refusing(what, fix):
             pipeline.load_lora_weights(adapter_name=f"lora{i}", **location)
         listed = {name for names in pipeline.get_list_adapters().values() for name in names}
@@ -113,7 +115,9 @@ def add_ip_adapter(pipeline: Any, request: Request) -> None:
             f"{what}: needs an image encoder, and neither the checkpoint nor a folder "
             f"image_encoder/ beside it has one. Put it there."
         )
-    with _refusing(what, "Give an IP-Adapter of the same architecture."):
+    fix = "Give an IP-Adapter of the same architecture."
+    _require_whole(location, what, fix)
+    with _refusing(what, fix):
         pipeline.load_ip_adapter(
             subfolder="",
             image_encoder_folder="image_encoder" if encoder.is_dir() else None,
@@ -121,6 +125,23 @@ def add_ip_adapter(pipeline: Any, request: Request) -> None:
         )
     if request.ip_scale is not None:
         pipeline.set_ip_adapter_scale(request.ip_scale)
+
+
+def _require_whole(location: dict[str, Any], what: str, fix: str) -> None:
+    """Look at the header of a safetensors file before a library does.
+
+    Raises:
+        InputError: If it is damaged, or something else of that name.
+    """
+    file = Path(location["pretrained_model_name_or_path_or_dict"]) / location["weight_name"]
+    if file.suffix != ".safetensors":
+        return
+    try:
+        read_header(file)
+    except CheckpointError as error:
+        raise InputError(
+            f"{what}: expected a whole safetensors file, got a damaged one or something else. {fix}"
+        ) from error
 
 
 def _plain(value: Any) -> Any:

@@ -94,8 +94,8 @@ def read_record(file: str | Path) -> dict[str, Any]:
         ) from error
     except OSError as error:
         raise NotFoundError(
-            f"--like {file}: can't be read ({error.strerror or error}). Give a PNG that retrofit "
-            "made."
+            f"--like {file}: can't be read ({error.strerror or 'it is damaged'}). Give a PNG that "
+            "retrofit made."
         ) from error
     if text is None:
         raise InputError(
@@ -106,10 +106,15 @@ def read_record(file: str | Path) -> dict[str, Any]:
         data = json.loads(text)
     except ValueError as error:
         raise InputError(f"--like {file}: its recipe is damaged. Give another picture.") from error
-    if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        found = data.get("schema") if isinstance(data, dict) else None
+    found = data.get("schema") if isinstance(data, dict) else None
+    if isinstance(found, int) and found > SCHEMA:
         raise InputError(
-            f"--like {file}: expected a recipe of schema {SCHEMA}, got {found!r}. Upgrade: "
-            "pip install --upgrade retrofit-attention"
+            f"--like {file}: its recipe is of a newer retrofit (schema {found}, this one reads "
+            f"{SCHEMA}). Upgrade: pip install --upgrade retrofit-attention"
+        )
+    if found != SCHEMA:
+        raise InputError(
+            f"--like {file}: its recipe was not written by retrofit, it has no `schema`. Give a "
+            "PNG that `retrofit generate` wrote."
         )
     return data

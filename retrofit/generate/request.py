@@ -52,8 +52,8 @@ class InputFile:
             raise InputError(
                 f"{what} {path}: expected a picture, got something else. Give a PNG or JPEG."
             ) from error
-        except OSError as error:
-            reason = error.strerror or str(error)
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or "it is damaged, or too large"
             raise NotFoundError(
                 f"{what} {path}: can't be read ({reason}). Give a PNG or JPEG."
             ) from error

@@ -83,6 +83,15 @@ def test_a_lora_with_no_layer_of_this_checkpoint(refused, tmp_path):
     assert "trained on the same architecture" in line
 
 
+def test_a_lora_that_is_no_safetensors_file(refused, tmp_path):
+    (tmp_path / "bad.safetensors").write_text("no weights at all")
+    assert refused("--lora", tmp_path / "bad.safetensors") == (
+        f"error: --lora {tmp_path / 'bad.safetensors'}: expected a whole safetensors file, got a "
+        "damaged one or something else. Give a LoRA in safetensors, trained on the same "
+        "architecture."
+    )
+
+
 def test_a_lora_that_is_not_there(refused, tmp_path):
     assert "no such file or folder" in refused("--lora", tmp_path / "none.safetensors")
     (tmp_path / "folder").mkdir()
@@ -115,7 +124,8 @@ def test_an_image_that_cant_be_read(refused, tmp_path):
     whole.save(tmp_path / "cut.png")
     data = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
-    assert "can't be read" in refused("--image", tmp_path / "cut.png")
+    line = refused("--image", tmp_path / "cut.png")
+    assert "can't be read (it is damaged, or too large)" in line
 
 
 def test_like_with_a_picture_that_retrofit_did_not_make(refused, start, tmp_path):
@@ -129,7 +139,9 @@ def test_like_with_a_picture_that_retrofit_did_not_make(refused, start, tmp_path
     ("text", "said"),
     [
         ("{", "is damaged"),
-        (json.dumps({"schema": 99}), "expected a recipe of schema 1, got 99"),
+        (json.dumps({"schema": 99}), "of a newer retrofit (schema 99, this one reads 1)"),
+        (json.dumps({"x": 1}), "its recipe was not written by retrofit, it has no `schema`"),
+        ("[]", "its recipe was not written by retrofit"),
         (json.dumps({"schema": 1, "request": {}}), "can't be read"),
         (json.dumps({"schema": 1, "request": {"model": "x", "wings": 2}}), "(wings)"),
     ],
