@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from retrofit.errors import InputError, NotFoundError, suggest
@@ -130,9 +130,18 @@ def read_photo(path: Path) -> Image.Image:
         with Image.open(path) as opened:
             photo = ImageOps.exif_transpose(opened)
             photo.load()
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except UnidentifiedImageError as error:
         raise InputError(
-            f"{path}: expected an image, got {error}. Leave it out or save it again."
+            f"{path}: expected an image, got something else. Leave it out, or give a PNG or JPEG."
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{path}: expected an image, got one of more pixels than Pillow opens. Make it smaller."
+        ) from error
+    except (OSError, SyntaxError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or "a damaged one"
+        raise InputError(
+            f"{path}: expected an image, got {reason}. Leave it out or save it again."
         ) from error
     if photo.mode == "F":
         raise InputError(f"{path}: expected 8 or 16 bits, got floats. Save it as PNG or JPEG.")

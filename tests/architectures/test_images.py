@@ -228,8 +228,8 @@ def test_damaged_photos_are_refused_by_name(tmp_path: Path) -> None:
     cut.write_bytes(whole.read_bytes()[:900])
     text = tmp_path / "text.png"
     text.write_text("not a photo")
-    for path in (cut, text):
-        with pytest.raises(InputError, match=f"{path.name}: expected an image, got"):
+    for path, got in ((cut, "a damaged one"), (text, "something else")):
+        with pytest.raises(InputError, match=f"{path.name}: expected an image, got {got}"):
             load_images([whole, path])
     Image.new("F", (3, 3)).save(tmp_path / "f.tiff")
     with pytest.raises(InputError, match="expected 8 or 16 bits, got floats"):
