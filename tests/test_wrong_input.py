@@ -59,6 +59,11 @@ def test_a_missing_model(refused, tmp_path):
     assert "owner/name" in line
 
 
+def test_a_missing_model_at_the_root_lists_nothing(refused, tmp_path):
+    line = refused(*_patch("/usrr", tmp_path / "out"))
+    assert line == "error: /usrr: no such folder or file. A hub id looks like `owner/name`."
+
+
 def test_a_misspelt_model_names_the_nearest(refused, encoder, copy_of, tmp_path):
     folder = copy_of(encoder)
     line = refused(*_patch(folder.with_name("copy-of-minilmm"), tmp_path / "out"))

@@ -150,5 +150,7 @@ def _names_beside(path: Path) -> list[str]:
 
 
 def _nearby(path: Path) -> str:
-    """What lies where the user looked."""
-    return f"{suggest(path.name, _names_beside(path)[:50])} A hub id looks like `owner/name`."
+    """What lies where the user looked; never the root, which nobody keeps checkpoints in."""
+    parent = path.absolute().parent
+    listed = "" if parent == parent.parent else f"{suggest(path.name, _names_beside(path)[:50])} "
+    return f"{listed}A hub id looks like `owner/name`."
