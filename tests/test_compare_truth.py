@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 import pytest
 import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-from retrofit.compare.report import table, to_dict, verdict
+from retrofit.compare.report import draw_truth, table, to_dict, verdict
 from retrofit.compare.result import Comparison, Row
 from retrofit.compare.views import TRUTH_METRICS, SceneErrors, changes, summarise
 from retrofit.timing import Spread
@@ -98,3 +100,25 @@ def test_the_verdict_says_which_way_a_number_moves(scenes: int, is_sure: bool) -
     assert "depth AbsRel suffers most: it grows by 200.0%" in more
     same = verdict(compared(dense, dense))
     assert "no number is worse than dense's" in same
+
+
+def drawn_truth(comparison: Comparison) -> Axes:
+    axis = Figure().subplots()
+    draw_truth(axis, comparison)
+    return axis
+
+
+def test_the_picture_leaves_out_and_names_what_has_no_relative_change() -> None:
+    dense = [scene_of(0.1, [1.0, 2, 6, 9])] * 3
+    axis = drawn_truth(compared(dense, [scene_of(0.2, [1.0, 2, 3, 4])] * 3))
+    assert not axis.get_xlabel()
+    assert min(axis.get_xlim()) > -0.7  # RRA@5 doubles
+    assert [line.get_marker() for line in axis.lines].count("<") == 2
+    box = axis.get_legend().get_bbox_to_anchor().transformed(axis.transAxes.inverted())
+    assert box.x0 == pytest.approx(1)
+    made = drawn_truth(compared([scene_of(0.0, [0.0] * 4)], [scene_of(0.2, [1.0, 2, 3, 9])]))
+    assert "left out, as dense is the truth:" in made.get_xlabel()
+    assert "point error" in made.get_xlabel()
+    few = drawn_truth(compared([scene_of(0.1, [20.0] * 4)] * 3, [scene_of(0.1, [1.0] * 4)] * 3))
+    assert "dense's is about 0" in few.get_xlabel()
+    assert "RTA@15" in few.get_xlabel()

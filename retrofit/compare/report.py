@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 MIB = 2**20
 COLORS = {"faster": "tab:green", "slower": "tab:red", "alike": "tab:gray"}
+SHOWN_BETTER = 0.5  # of dense's number: what gains more is drawn there
 ENOUGH_SCENES = 3  # for how sure a change is; resampling fewer says nothing
 FASTER = 1.02  # below this factor a difference in speed is not called one
 
@@ -282,7 +284,7 @@ def plot(comparison: Comparison, file: str | Path, title: str = "") -> None:
     has_truth = bool(comparison.truth_metrics)
     panels = len(shown) + has_truth + 1 + has_memory
     names = [row.name for row in comparison.variants]
-    size = (2.2 + 2.7 * panels, 1.9 + 0.5 * len(names))
+    size = (2.2 + 2.7 * panels + 1.1 * has_truth, 1.9 + 0.5 * len(names))
     figure = Figure(figsize=size, layout="constrained", dpi=120)
     axes = figure.subplots(1, panels, sharey=True, squeeze=False)[0]
     for axis, metric in zip(axes, shown, strict=False):
@@ -293,7 +295,7 @@ def plot(comparison: Comparison, file: str | Path, title: str = "") -> None:
             _draw_points(axis, spreads)
         axis.set_title(f"{metric.name.replace('_', ' ')}\n({metric.better} is closer)", fontsize=9)
     if has_truth:
-        _draw_truth(axes[len(shown)], comparison)
+        draw_truth(axes[len(shown)], comparison)
     _draw_speed(axes[len(shown) + has_truth], comparison)
     if has_memory:
         _draw_memory(axes[-1], comparison)
@@ -323,23 +325,46 @@ def _draw_fractions(axis: Axes, spreads: list[Spread]) -> None:
     axis.set_xlim(0, 1)
 
 
-def _draw_truth(axis: Axes, comparison: Comparison) -> None:
-    """How much worse than dense's every error is, with the 5th and 95th percentile."""
-    metrics = comparison.truth_metrics
+def draw_truth(axis: Axes, comparison: Comparison) -> None:
+    """How much worse than dense's every error is, with the 5th and 95th percentile.
+
+    What has no change relative to dense is left out and named; a number that is better by more than
+    `SHOWN_BETTER` is an arrow at the edge.
+    """
+    from matplotlib.ticker import PercentFormatter
+
+    metrics = [m for m in comparison.truth_metrics if _is_relative(comparison, m)]
     for place, row in enumerate(comparison.variants):
         for number, metric in enumerate(metrics):
             change = row.truth_change[metric.name]
             height = place + 0.8 * ((number + 0.5) / len(metrics) - 0.5)
             color = f"C{number}"
-            label = _shown_name(metric).split(" in ")[0] if place == 0 else None
-            axis.plot([change.low, change.high], [height] * 2, color=color, linewidth=1)
-            axis.plot(change.value, height, "o", color=color, markersize=4, label=label)
+            label = _short_name(metric) if place == 0 else None
+            low, value, high = (
+                max(x, -SHOWN_BETTER) for x in (change.low, change.value, change.high)
+            )
+            marker = "<" if change.value < value else "o"
+            if comparison.scenes >= ENOUGH_SCENES:
+                axis.plot([low, high], [height] * 2, color=color, linewidth=1)
+            axis.plot(value, height, marker, color=color, markersize=4, label=label)
     axis.axvline(0, color="black", linestyle="--", linewidth=1)
-    from matplotlib.ticker import PercentFormatter
-
     axis.xaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
-    axis.legend(fontsize=6, loc="best")
+    if metrics:
+        axis.legend(fontsize=6, loc="upper left", bbox_to_anchor=(1, 1), borderaxespad=0)
+    left_out = [_short_name(m) for m in comparison.truth_metrics if m not in metrics]
+    if left_out:
+        why = "dense is the truth" if comparison.dense_is_truth else "dense's is about 0"
+        named = textwrap.fill(", ".join(left_out), 34)
+        axis.set_xlabel(f"left out, as {why}:\n{named}", fontsize=6)
     axis.set_title("errors against the truth,\nhow much worse than dense", fontsize=9)
+
+
+def _is_relative(comparison: Comparison, metric: TruthMetric) -> bool:
+    return all(row.truth_change[metric.name].relative for row in comparison.variants)
+
+
+def _short_name(metric: TruthMetric) -> str:
+    return _shown_name(metric).partition(" in ")[0]
 
 
 def _draw_speed(axis: Axes, comparison: Comparison) -> None:
