@@ -90,7 +90,8 @@ def load_images(
         float32 `[N, 3, H, W]` in [0, 1], and how each photo was fitted.
 
     Raises:
-        InputError: If there is no photo, one can't be read, or the mode or size is wrong.
+        InputError: If there is no photo, one can't be read or is smaller than a patch, or the mode
+            or size is wrong.
         NotFoundError: If a file does not exist.
     """
     _check_request(paths, mode, size, patch_size)
@@ -99,6 +100,11 @@ def load_images(
     target: tuple[int, int] | None = None
     for path in map(Path, paths):
         photo = read_photo(path)
+        if photo.width * photo.height < patch_size**2:
+            raise InputError(
+                f"{path}: expected as many pixels as a patch of the network has, "
+                f"{patch_size}x{patch_size}, got {photo.width}x{photo.height}. Leave it out."
+            )
         if mode != "area" or target is None:
             target = _target_size(photo.size, mode, size, patch_size, max_pixels)
         resized = photo.resize(target, _RESAMPLE[mode])
@@ -206,7 +212,8 @@ def _centre(frame: Tensor, fit: ImageFit, size: tuple[int, int]) -> tuple[Tensor
 def _stack(frames: list[Tensor], fits: list[ImageFit]) -> tuple[Tensor, list[ImageFit]]:
     sizes = {(frame.shape[1], frame.shape[2]) for frame in frames}
     if len(sizes) > 1:
-        listed = ", ".join(f"{width}x{height}" for height, width in sorted(sizes))
+        photos = sorted({(fit.width, fit.height) for fit in fits})
+        listed = ", ".join(f"{width}x{height}" for width, height in photos)
         logger.warning("Photos of different sizes (%s) are filled up with white.", listed)
         largest = max(size[0] for size in sizes), max(size[1] for size in sizes)
         pairs = [_centre(frame, fit, largest) for frame, fit in zip(frames, fits, strict=True)]
