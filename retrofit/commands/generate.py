@@ -181,7 +181,7 @@ def run(
             "-o",
             "--out",
             metavar="FILE",
-            help="A PNG; several pictures are numbered.",
+            help="A PNG in a folder that exists; several pictures are numbered.",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,

@@ -17,6 +17,7 @@ MAX_SEED = 2**63 - 1
 WHAT = "What to install"
 WHERE = "Where it runs"
 OUTPUT = "What is written"
+NEW_FOLDER = "New folder; those above it are made too."
 
 Model = Annotated[
     str,
@@ -101,7 +102,7 @@ Sites = Annotated[
     ),
 ]
 Out = Annotated[
-    Path, typer.Option("-o", "--out", help="New folder.", rich_help_panel=OUTPUT, metavar="FOLDER")
+    Path, typer.Option("-o", "--out", help=NEW_FOLDER, rich_help_panel=OUTPUT, metavar="FOLDER")
 ]
 Link = Annotated[
     bool,

@@ -36,7 +36,11 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", help="New folder.", rich_help_panel=options.OUTPUT, metavar="FOLDER"
+            "-o",
+            "--out",
+            help=options.NEW_FOLDER,
+            rich_help_panel=options.OUTPUT,
+            metavar="FOLDER",
         ),
     ] = None,
     dry_run: Annotated[

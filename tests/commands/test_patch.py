@@ -27,6 +27,14 @@ def test_patch_says_what_it_did_and_what_comes_next(encoder, tmp_path, run_comma
     assert answer.out.rstrip().endswith(f"next: retrofit verify {out}")
 
 
+def test_folders_above_the_new_one_are_made_too_as_the_help_says(encoder, tmp_path, run_command):
+    out = tmp_path / "new" / "deeper" / "out"
+    assert run_command("patch", encoder, *BLOCKS, "--no-proof", "-o", out).code == 0
+    assert (out / "retrofit.json").is_file()
+    assert "those above it are made too" in " ".join(run_command("patch", "--help").out.split())
+    assert "in a folder that exists" in " ".join(run_command("generate", "--help").out.split())
+
+
 @pytest.mark.parametrize("weight", ["attention.self.value", "output.dense"])
 def test_nan_in_an_encoder_names_the_place_and_no_step(
     weight, encoder, copy_of, tmp_path, run_command
