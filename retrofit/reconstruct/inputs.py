@@ -94,6 +94,9 @@ def read_video(path: Path, every: int, folder: Path) -> list[Path]:
                     frame.to_image().save(file)
                     files.append(file)
     except (av.FFmpegError, IndexError) as error:
-        raise InputError(f"{path}: expected a video, got {error}. Convert it to MP4.") from error
+        raise InputError(
+            f"{path}: expected a video, got a file of which no pictures can be read. Check the "
+            "file, or convert it to MP4."
+        ) from error
     logger.info("%s: %d frames", path, len(files))
     return files

@@ -139,7 +139,7 @@ def test_a_video_without_its_reader(tmp_path, monkeypatch) -> None:
 def test_a_corrupt_video(tmp_path) -> None:
     pytest.importorskip("av")
     (tmp_path / "walk.mp4").write_bytes(b"words")
-    with pytest.raises(InputError, match="expected a video"):
+    with pytest.raises(InputError, match=r"walk.mp4: expected a video, got a file of which no pic"):
         read_video(tmp_path / "walk.mp4", 5, tmp_path)
 
 
