@@ -90,8 +90,7 @@ def load_images(
         float32 `[N, 3, H, W]` in [0, 1], and how each photo was fitted.
 
     Raises:
-        InputError: If there is no photo, one can't be read or is smaller than a patch, or the mode
-            or size is wrong.
+        InputError: If there is no photo, one can't be read, or the mode or size is wrong.
         NotFoundError: If a file does not exist.
     """
     _check_request(paths, mode, size, patch_size)
@@ -100,11 +99,6 @@ def load_images(
     target: tuple[int, int] | None = None
     for path in map(Path, paths):
         photo = read_photo(path)
-        if photo.width * photo.height < patch_size**2:
-            raise InputError(
-                f"{path}: expected as many pixels as a patch of the network has, "
-                f"{patch_size}x{patch_size}, got {photo.width}x{photo.height}. Leave it out."
-            )
         if mode != "area" or target is None:
             target = _target_size(photo.size, mode, size, patch_size, max_pixels)
         resized = photo.resize(target, _RESAMPLE[mode])

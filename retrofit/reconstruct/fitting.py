@@ -59,14 +59,26 @@ class Fitting:
         )
 
     def load(self, files: Sequence[str | Path]) -> tuple[Tensor, list[ImageFit]]:
-        """Photos `[N, 3, H, W]` in [0, 1], and how each was fitted."""
-        return load_images(
+        """Photos `[N, 3, H, W]` in [0, 1], and how each was fitted.
+
+        Raises:
+            InputError: If one can't be read, or has fewer pixels than a patch.
+        """
+        images, fits = load_images(
             files,
             mode=self.mode,
             size=self.size,
             patch_size=self.patch_size,
             max_pixels=self.max_pixels,
         )
+        for fit in fits:
+            if fit.width * fit.height < self.patch_size**2:
+                raise InputError(
+                    f"{fit.path}: expected as many pixels as a patch of the network has, "
+                    f"{self.patch_size}x{self.patch_size}, got {fit.width}x{fit.height}. "
+                    "Leave it out."
+                )
+        return images, fits
 
 
 def stored_dtype(checkpoint: Checkpoint) -> str:

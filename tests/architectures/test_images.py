@@ -108,7 +108,7 @@ def test_area_gives_all_photos_the_first_ones_shape(
     assert (fits[1].scale_x, fits[1].scale_y) == (expected[0] / 100, expected[1] / 300)
 
 
-@pytest.mark.parametrize(("width", "height"), [(4000, 3), (3, 4000), (14, 14)])
+@pytest.mark.parametrize(("width", "height"), [(4000, 3), (3, 4000), (1, 1)])
 def test_area_ends_with_extreme_shapes(tmp_path: Path, width: int, height: int) -> None:
     path = write_photo(tmp_path / "a.png", width, height)
     images, _ = load_images([path], mode="area", max_pixels=20_000)
@@ -220,9 +220,6 @@ def test_wrong_requests_are_refused(tmp_path: Path) -> None:
         load_images([path], size=520)
     with pytest.raises(NotFoundError, match=r"b.png: no such file"):
         load_images([path, tmp_path / "b.png"])
-    dot = write_photo(tmp_path / "dot.png", 15, 13)
-    with pytest.raises(InputError, match=r"dot.png: expected as many pixels .*14x14, got 15x13"):
-        load_images([path, dot])
 
 
 def test_damaged_photos_are_refused_by_name(tmp_path: Path) -> None:

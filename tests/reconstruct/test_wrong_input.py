@@ -10,6 +10,7 @@ import pytest
 import retrofit.reconstruct as reconstruct
 from retrofit.errors import InputError, UnsupportedError
 from retrofit.reconstruct.inputs import find_images, read_video
+from tests.reconstruct.conftest import write_photo
 
 
 @pytest.fixture
@@ -68,6 +69,11 @@ def test_a_file_that_is_no_image(call, photos: Path) -> None:
 
 def test_a_view_named_twice(call, photos: Path) -> None:
     _is_one_line(call(photos, photos / "view0.png"), "is named twice")
+
+
+def test_a_photo_smaller_than_a_patch(call, photos: Path) -> None:
+    write_photo(photos / "view1.png", 15, 13)
+    _is_one_line(call(photos), "view1.png: expected as many pixels", "14x14, got 15x13")
 
 
 def test_a_size_that_is_no_multiple_of_the_patch(networks, photos, tmp_path, run_command) -> None:
