@@ -118,7 +118,7 @@ def run(
     [bold]Examples[/bold]
 
     $ retrofit reconstruct rooms photos/*.png -o scene
-    VGGT: 6 views of 64x64 in 0.1 s, predicted peak 30.3 MB
+    VGGT: 6 views of 64x64 in 0.1 s, predicted peak 30.3 MB besides the libraries
     scene: 22118 points, look at scene/preview.png
 
     $ retrofit reconstruct facebook/VGGT-1B photos/ --method block-sparse --dtype bfloat16 -o scene
@@ -234,7 +234,8 @@ def _print(made: Result, out: Path, written: dict[str, Any]) -> None:
     _, _, height, width = made.scene.images.shape
     lines = [
         f"{made.network}: {count(len(made.scene.fits), 'view')} of {width}x{height} in "
-        f"{made.seconds:.1f} s, predicted peak {format_bytes(made.predicted_bytes)}"
+        f"{made.seconds:.1f} s, predicted peak {format_bytes(made.predicted_bytes)} besides the "
+        "libraries"
     ]
     if made.patch is not None:
         kept = made.patch.keep_measured()
