@@ -91,7 +91,11 @@ def run(
     out: Annotated[
         Path | None,
         typer.Option(
-            "-o", "--out", metavar="FOLDER", help="New folder.", rich_help_panel=options.OUTPUT
+            "-o",
+            "--out",
+            metavar="FOLDER",
+            help="New folder; those above it are made too.",
+            rich_help_panel=options.OUTPUT,
         ),
     ] = None,
     drop: Annotated[
