@@ -211,7 +211,7 @@ def test_load_refuses_the_record_beside_other_weights(patched, copy_of, tmp_path
     folder = copy_of(patched)
     other = tiny_pipelines.write_encoder_checkpoint(tmp_path / "other", 7, num_hidden_layers=2)
     (folder / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
-    with pytest.raises(VerificationError, match="does not belong to it"):
+    with pytest.raises(VerificationError, match="its bytes changed since patching"):
         retrofit.load(folder)
 
 
