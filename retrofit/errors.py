@@ -6,13 +6,20 @@ Every message reads `where: what was expected, got what. What to do.`
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import Any
 
 
 class RetrofitError(Exception):
-    """Something failed while working (exit code 1): NaN, a full disk, a proof that is off."""
+    """Something failed while working (exit code 1): NaN, a full disk, a proof that is off.
+
+    Attributes:
+        finished: What had been done by then, which `--json` prints beside the error.
+    """
 
     exit_code = 1
+    finished: Mapping[str, Any] = MappingProxyType({})
 
 
 class InputError(RetrofitError):

@@ -24,8 +24,10 @@ from retrofit.compare.peak_memory import (
     measure_peak_memory,
     with_peak_memory,
 )
-from retrofit.compare.report import plot, table, to_dict, verdict
+from retrofit.compare.plot import plot
+from retrofit.compare.report import to_dict, verdict
 from retrofit.compare.result import Comparison
+from retrofit.compare.tables import table
 from retrofit.errors import InputError, NonFiniteError, RetrofitError, UnsupportedError
 from retrofit.methods.hidiffusion import HiDiffusionConfig
 from retrofit.methods.window import WindowConfig

@@ -10,14 +10,9 @@ import pytest
 from PIL import Image
 
 from retrofit.commands import run
-from retrofit.compare.pictures import (
-    compare_pictures,
-    draw_sheet,
-    read_judge,
-    table,
-    to_dict,
-    wilson_interval,
-)
+from retrofit.compare.judging import read_judge, wilson_interval
+from retrofit.compare.pictures import compare_pictures
+from retrofit.compare.sheet import draw_sheet, table, to_dict
 from retrofit.errors import InputError, NotFoundError
 from retrofit.generate import Generator, Request
 from retrofit.methods.hidiffusion import HiDiffusionConfig
@@ -96,7 +91,7 @@ def test_the_command_draws_judges_and_says_so(
 ) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("a red star\na blue ring\n")
-    sheet = tmp_path / "sheet.png"
+    sheet = tmp_path / "made" / "too" / "sheet.png"
     words = ["compare", "shapes", "-m", "hidiffusion", "--size", "128x192", "--steps", "1"]
     words += ["--prompt-file", prompts, "--pictures", "1", "--judge", CHECK, "--sheet", sheet]
     words += ["--rounds", "1", "--num-inputs", "1", "--no-memory", "--device", "cpu", "--json"]
@@ -171,6 +166,38 @@ def test_a_judge_that_can_not_judge_is_named(tmp_path: Path, text: str) -> None:
         read_judge(file)
     with pytest.raises(NotFoundError, match="no such file"):
         read_judge(tmp_path / "other.py")
+
+
+@pytest.mark.parametrize("as_json", [False, True], ids=["text", "json"])
+def test_a_judge_that_fails_late_loses_nothing_but_its_scores(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], as_json: bool
+) -> None:
+    (tmp_path / "p.txt").write_text("a red star\n")
+    judge = tmp_path / "judge.py"
+    judge.write_text(
+        "def score(picture, prompt):\n"
+        "    if picture.std() > 0: raise ValueError('boom')\n"
+        "    return {'sharp': 1}\n"
+    )
+    words = ["compare", "shapes", "-m", "hidiffusion", "--size", "128x128", "--steps", "1"]
+    words += ["--prompt-file", tmp_path / "p.txt", "--judge", judge, "--sheet", tmp_path / "s.png"]
+    words += ["--rounds", "1", "--num-inputs", "1", "--no-memory", "--device", "cpu"]
+    code = run([str(word) for word in [*words, *(["--json"] if as_json else [])]])
+    printed = capsys.readouterr()
+    assert code == 1  # 2 would say that nothing was written
+    assert "score(picture, 'a red star') fails with ValueError('boom')" in printed.err
+    with Image.open(tmp_path / "s.png") as sheet:
+        assert sheet.size == (3 * 192, 2 * (192 + 46))
+    if as_json:
+        said = json.loads(printed.out)
+        assert said["exit_code"] == 1
+        assert said["variants"][0]["speed"]["median"] > 0
+        assert [row["scores"] for row in said["pictures"]] == [{}, {}]
+        assert said["sheet"] == str(tmp_path / "s.png")
+    else:
+        assert "verdict: " in printed.out
+        assert "seconds each" in printed.out
+        assert "sharp" not in printed.out
 
 
 def test_a_judge_that_fails_later_names_the_prompt_and_other_names_are_refused(

@@ -226,6 +226,34 @@ def test_the_table_shows_errors_and_what_each_layer_kept(
     assert Image.open(plot).size[0] > 500
 
 
+@pytest.mark.parametrize("name", ["vggt", "pi3"])
+def test_a_size_that_photos_can_not_have_is_refused_with_theirs(
+    name: str, networks: dict[str, Path], tmp_path: Path, run_command: Any
+) -> None:
+    write_scene(tmp_path / "a")
+    words = ("compare", networks[name], "--inputs", tmp_path / "a", "-m", "window", "--size")
+    answer = run_command(*words, "56x112")
+    assert answer.code == 2
+    assert "--size 56x112: the photos of a keep their shape and become" in answer.err
+    offered = answer.err.partition("Take --size ")[2].partition(",")[0]
+    assert offered == {"vggt": "56x42", "pi3": "84x70"}[name]
+    more = ("--set", "keep=0.5", "--rounds", "1", "--no-memory", "--json")
+    assert run_command(*words, offered, *more).code == 0
+
+
+def test_scenes_of_two_shapes_are_of_no_one_size(
+    networks: dict[str, Path], tmp_path: Path, run_command: Any
+) -> None:
+    write_scene(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    for index in range(2):
+        write_photo(tmp_path / "b" / f"view{index}.png", 112, 112, seed=index)
+    words = ("--inputs", tmp_path / "a", "--inputs", tmp_path / "b", "-m", "block-sparse")
+    answer = run_command("compare", networks["vggt"], *words, "--size", "56x42")
+    assert answer.code == 2
+    assert "the photos of b keep their shape and become 56x56. Compare scenes of" in answer.err
+
+
 def test_networks_say_how_they_take_photos(networks: dict[str, Path]) -> None:
     vggt = Fitting.of(find_checkpoint(networks["vggt"]))
     pi3 = Fitting.of(find_checkpoint(networks["pi3"]), size=70)

@@ -9,9 +9,11 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from retrofit.compare.report import draw_truth, table, to_dict, verdict
+from retrofit.compare.plot import draw_truth
+from retrofit.compare.report import to_dict, verdict
 from retrofit.compare.result import Comparison, Row
-from retrofit.compare.views import TRUTH_METRICS, SceneErrors, changes, summarise
+from retrofit.compare.tables import table
+from retrofit.compare.truth import TRUTH_METRICS, SceneErrors, changes, summarise
 from retrofit.timing import Spread
 
 ONE = Spread(values=(1.0,))

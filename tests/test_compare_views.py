@@ -9,19 +9,9 @@ import pytest
 import torch
 
 from retrofit.architectures.cameras import encode_pose, quaternion_to_matrix
-from retrofit.compare.views import (
-    Change,
-    SceneErrors,
-    TrueScene,
-    absolute_relative_error,
-    angle_of,
-    changes,
-    compare_views,
-    measure_scene,
-    pose_errors,
-    summarise,
-    true_rotations,
-)
+from retrofit.compare.geometry import absolute_relative_error, angle_of, pose_errors, true_rotations
+from retrofit.compare.truth import Change, SceneErrors, TrueScene, changes, summarise
+from retrofit.compare.views import compare_views, measure_scene
 from retrofit.errors import InputError
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.recipe import Recipe

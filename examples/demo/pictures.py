@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from retrofit.compare.pictures import PictureRow, compare_pictures, read_judge
+from retrofit.compare.judging import read_judge
+from retrofit.compare.pictures import PictureRow, compare_pictures
 from retrofit.generate import Request
 from retrofit.generate.running import Progress
 from retrofit.recipe import Recipe, shipped_recipes

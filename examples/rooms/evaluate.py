@@ -22,15 +22,9 @@ from render import render_views
 from train import HELD_OUT, SIZE
 
 from retrofit.architectures.vggt import VGGT
-from retrofit.compare.views import (
-    DENSE,
-    TRUTH_METRICS,
-    SceneErrors,
-    TrueScene,
-    ViewRow,
-    measure_variant,
-    true_rotations,
-)
+from retrofit.compare.geometry import true_rotations
+from retrofit.compare.truth import TRUTH_METRICS, SceneErrors, TrueScene
+from retrofit.compare.views import DENSE, ViewRow, measure_variant
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.recipe import Recipe, shipped_recipes
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.bench.lines import Line
+from retrofit.outputs import make_folders
 from retrofit.timing import Spread
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def plot_operators(lines: Sequence[Line], file: str | Path, title: str) -> None:
     axes[0].set_ylabel("speed, dense = 1 (median, smallest to largest)")
     axes[-1].legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
     figure.suptitle(title, fontsize=10)
+    make_folders(file)
     figure.savefig(file)
 
 
@@ -120,6 +122,7 @@ def plot_models(
     axis.set_ylabel("speed, dense = 1 (median, smallest to largest)")
     axis.legend(fontsize=8)
     figure.suptitle(title, fontsize=10)
+    make_folders(file)
     figure.savefig(file)
 
 

@@ -10,7 +10,7 @@ import inspect as inspect_module
 import os
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -138,18 +138,20 @@ def run(arguments: list[str]) -> int:
             traceback.print_exc()
         line, code = describe_error(error)
         line = line if isinstance(error, StoppedError) else f"error: {line}"
-        return _fail(line, code, as_json="--json" in arguments)
+        finished = getattr(error, "finished", {})
+        return _fail(line, code, as_json="--json" in arguments, finished=finished)
     if code == INTERRUPTED:
         line = "stopped; nothing was left half-written."
         return _fail(line, code, as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
 
 
-def _fail(line: str, code: int, *, as_json: bool) -> int:
+def _fail(line: str, code: int, *, as_json: bool, finished: Mapping[str, Any] | None = None) -> int:
     """Say what went wrong: a line for people, and an object where one was asked for."""
     say(line)
     if as_json:
-        print_json(result(error=line.removeprefix("error: "), exit_code=code))
+        said = {"error": line.removeprefix("error: "), "exit_code": code}
+        print_json({**result(), **(finished or {}), **said})
     return code
 
 

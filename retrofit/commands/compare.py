@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,15 +9,23 @@ import typer
 
 from retrofit.commands import compare_pictures as pictures
 from retrofit.commands import options
-from retrofit.commands.console import count, print_json, print_lines, print_table, result, stages
+from retrofit.commands.console import (
+    count,
+    print_json,
+    print_lines,
+    print_table,
+    report_keys,
+    result,
+    stages,
+)
+from retrofit.commands.variants import Recipes, read_variants, read_where
+from retrofit.errors import RetrofitError
 
 if TYPE_CHECKING:
-    from retrofit.compare.checkpoints import Variant
-    from retrofit.compare.pictures import PictureRow
+    from retrofit.compare.inputs import InputChoice
     from retrofit.compare.result import Comparison
 
 INPUTS = "What it runs on"
-PLOTS = (".png", ".svg", ".pdf")  # endings
 
 
 def run(
@@ -30,14 +36,7 @@ def run(
             "--method", "-m", help="To compare; may be repeated.", rich_help_panel=options.WHAT
         ),
     ] = None,
-    recipe: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--recipe",
-            help="A YAML file, or the name of a shipped one; may be repeated.",
-            rich_help_panel=options.WHAT,
-        ),
-    ] = None,
+    recipe: Recipes = None,
     settings: Annotated[
         list[str] | None,
         typer.Option(
@@ -66,7 +65,7 @@ def run(
         typer.Option(
             "--size",
             metavar="WxH",
-            help="Pixels of a picture, video or view.",
+            help="Pixels of a picture, video or view; photos keep their shape.",
             rich_help_panel=INPUTS,
         ),
     ] = None,
@@ -107,10 +106,7 @@ def run(
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    plot: Annotated[
-        Path | None,
-        typer.Option("--plot", metavar="FILE", help="Also draw it, as in --plot compare.png."),
-    ] = None,
+    plot: options.Plot = None,
     json: options.Json = False,
 ) -> None:
     r"""Compare a checkpoint with patches of it: output, speed and peak memory.
@@ -139,126 +135,79 @@ def run(
     from retrofit.compare import compare_models
     compare_models(model, {"half": Recipe(method=WindowConfig(keep=0.5))}, inputs).variants
     """
-    variants = read_variants(method or [], recipe or [], settings, tuple(sites or ()))
-    width, height = options.read_size(size)
-    for name, value in {"num-inputs": num_inputs, "frames": frames, "tokens": tokens}.items():
-        options.require_positive(name, value)
+    from retrofit.compare.checkpoints import compare_checkpoint
+    from retrofit.compare.plot import plot as draw
+
+    variants = read_variants(method, recipe, settings, sites)
+    choice = _read_choice(inputs, num_inputs, size, frames, tokens, seed)
     options.require_positive("rounds", rounds)
-    options.require_positive("pictures", num_pictures)
-    refuse_picture("--plot", plot, PLOTS)
-    refuse_picture("--sheet", sheet, (".png",))
-
-    from retrofit.checkpoint.loading import pick_device
-    from retrofit.compare.checkpoints import Where, compare_checkpoint
-    from retrofit.compare.inputs import InputChoice
-    from retrofit.compare.report import plot as draw
-    from retrofit.inspection import AskedSize
-
-    where = Where(
-        device=pick_device(device),
-        dtype=dtype,
-        components=tuple(component or ()),
-        config=config,
-        trust_remote_code=trust_remote_code,
+    options.refuse_picture("--plot", plot)
+    where = read_where(device, dtype, component, config, trust_remote_code)
+    asked = pictures.AskedPictures(
+        prompts=prompt_file, count=num_pictures, steps=steps, eta=eta, judge=judge, sheet=sheet
     )
-    given: dict[str, Any] = {
-        "width": width,
-        "height": height,
-        "steps": steps,
-        "eta": eta,
-        "seed": seed,
-    }
-    given |= {"device": device, "dtype": dtype, "config": config or None}
-    given["trust_remote_code"] = trust_remote_code
-    plan = pictures.plan_pictures(model, prompt_file, num_pictures, judge, sheet, given)
-    asked = AskedSize(width=width, height=height, frames=frames, tokens=tokens)
-    choice = InputChoice(files=tuple(inputs or ()), count=num_inputs, asked=asked, seed=seed)
+    plan = pictures.plan_pictures(model, asked, choice, where)
     with stages() as advance:
         comparison = compare_checkpoint(
-            model,
-            variants,
-            choice,
-            where,
-            rounds=rounds,
-            memory=not no_memory,
-            progress=advance,
+            model, variants, choice, where, rounds=rounds, memory=not no_memory, progress=advance
         )
-        drawn: tuple[PictureRow, ...] = ()
-        if plan is not None:
-            recipes = {row.name: row.recipe for row in comparison.variants if row.recipe}
-            drawn = plan.draw(recipes, advance)
     if plot is not None:
         draw(comparison, plot, Path(model).name)
+    if not json:
+        _print(comparison, plot)
+    try:
+        if plan is not None:
+            plan.draw({row.name: row.recipe for row in comparison.variants if row.recipe})
+    except RetrofitError as error:
+        error.finished = _as_json(comparison, plot, plan)
+        raise
+    finally:
+        if plan is not None and not json:
+            pictures.print_pictures(plan)
     if json:
-        print_json({**_as_json(comparison, plot), **pictures.pictures_json(drawn, sheet)})
-        return
-    _print(comparison, plot)
-    pictures.print_pictures(drawn, sheet)
+        print_json(_as_json(comparison, plot, plan))
 
 
-def read_variants(
-    methods: list[str], recipes: list[str], settings: list[str] | None, sites: tuple[str, ...]
-) -> list[Variant]:
-    """Every method and recipe with every combination of the settings."""
-    from retrofit.compare.checkpoints import Variant
+def _read_choice(
+    inputs: list[Path] | None,
+    num_inputs: int | None,
+    size: str | None,
+    frames: int | None,
+    tokens: int | None,
+    seed: int,
+) -> InputChoice:
+    for name, value in {"num-inputs": num_inputs, "frames": frames, "tokens": tokens}.items():
+        options.require_positive(name, value)
+    width, height = options.read_size(size)
 
-    found = [(name, options.read_recipe(name, None)) for name in methods]
-    found += [(Path(name).stem, options.read_recipe(None, name)) for name in recipes]
-    return [
-        Variant(name=" ".join([name, *words]), what=what, parameters=parameters, sites=sites)
-        for name, what in found
-        for words, parameters in _combine(settings)
-    ]
+    from retrofit.compare.inputs import InputChoice
+    from retrofit.inspection import AskedSize
 
-
-def _combine(settings: list[str] | None) -> Iterator[tuple[list[str], dict[str, Any]]]:
-    """Each choice of one value for every setting, as words for a label and as parameters."""
-    choices: dict[str, list[tuple[str, Any]]] = {}
-    for setting in settings or []:
-        for name, value in options.read_settings([setting]).items():
-            choices.setdefault(name, []).append((f"{name}={setting.partition('=')[2]}", value))
-    for chosen in itertools.product(*choices.values()):
-        words = [word for word, _ in chosen]
-        yield words, {name: value for name, (_, value) in zip(choices, chosen, strict=True)}
+    asked = AskedSize(width=width, height=height, frames=frames, tokens=tokens)
+    return InputChoice(files=tuple(inputs or ()), count=num_inputs, asked=asked, seed=seed)
 
 
-def refuse_picture(option: str, file: Path | None, endings: tuple[str, ...]) -> None:
-    """Find out before an hour of measuring that a picture can't be written.
-
-    Raises:
-        InputError: If its folder does not exist or its ending is of no picture.
-    """
-    from retrofit.errors import InputError
-
-    if file is None:
-        return
-    if file.suffix.lower() not in endings:
-        words = " or ".join(filter(None, [", ".join(endings[:-1]), endings[-1]]))
-        raise InputError(f"{option} {file}: expected a name ending in {words}.")
-    if not file.absolute().parent.is_dir():
-        raise InputError(f"{option} {file}: its folder does not exist. Make it first.")
-
-
-def _as_json(comparison: Comparison, plot: Path | None) -> dict[str, Any]:
+def _as_json(
+    comparison: Comparison, plot: Path | None, plan: pictures.PicturePlan | None
+) -> dict[str, Any]:
     """The keys that every verb has are those of the first variant."""
     from retrofit.compare.report import to_dict
 
     first = comparison.variants[0]
-    report = first.report
     return result(
         family=comparison.family,
-        method=report.method if report else None,
-        patched=report.patched if report else (),
-        skipped=[(skip.path, skip.reason) for skip in report.skipped] if report else (),
+        **report_keys(first.report),
         keep_asked=first.keep_asked,
         keep_measured=first.keep_measured,
         **to_dict(comparison),
         plot=None if plot is None else str(plot),
+        **pictures.pictures_json(plan),
     )
 
 
 def _print(comparison: Comparison, plot: Path | None) -> None:
-    from retrofit.compare.report import layer_table, table, verdict
+    from retrofit.compare.report import verdict
+    from retrofit.compare.tables import layer_table, table
 
     machine, (before, after) = comparison.machine, comparison.load
     print_lines(

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrofit.commands.console import print_lines, print_table
+from retrofit.commands import options
+from retrofit.commands.console import print_lines, print_table, stages
 from retrofit.commands.generate_inputs import read_prompts
-from retrofit.errors import InputError
+from retrofit.errors import InputError, RetrofitError
 
 if TYPE_CHECKING:
+    from retrofit.compare.checkpoints import Where
+    from retrofit.compare.inputs import InputChoice
     from retrofit.compare.pictures import PictureRow
     from retrofit.generate import Request
     from retrofit.recipe import Recipe
@@ -53,86 +56,125 @@ JudgeFile = Annotated[
 Sheet = Annotated[
     Path | None,
     typer.Option(
-        "--sheet", metavar="FILE", help="A contact sheet of them.", rich_help_panel=PICTURES
+        "--sheet",
+        metavar="FILE",
+        help=f"A contact sheet of them, a PNG. {options.FOLDERS_MADE}",
+        rich_help_panel=PICTURES,
     ),
 ]
 
 
 @dataclass(frozen=True, kw_only=True)
+class AskedPictures:
+    """The options of this group, as given."""
+
+    prompts: Path | None
+    count: int | None
+    steps: int | None
+    eta: float | None
+    judge: Path | None
+    sheet: Path | None
+
+
+@dataclass(kw_only=True)
 class PicturePlan:
-    """Pictures asked for, checked as far as goes without weights."""
+    """Pictures asked for, checked as far as goes without weights, and those that are drawn."""
 
     request: Request
     judge: Path | None
     sheet: Path | None
+    rows: tuple[PictureRow, ...] = ()
 
-    def draw(
-        self, variants: Mapping[str, Recipe], progress: Callable[[str, int, int], None]
-    ) -> tuple[PictureRow, ...]:
-        """Draw, judge, and write the sheet."""
-        from retrofit.compare.pictures import compare_pictures, draw_sheet, read_judge
+    def draw(self, variants: Mapping[str, Recipe]) -> None:
+        """Draw, judge, and write the sheet; a judge that fails by then leaves out only its scores.
+
+        Raises:
+            RetrofitError: If it fails, or a picture can't be drawn.
+        """
+        from retrofit.compare.judging import read_judge
+        from retrofit.compare.pictures import compare_pictures, judge_pictures
+        from retrofit.compare.sheet import draw_sheet
 
         judge = None if self.judge is None else read_judge(self.judge)
-        rows = compare_pictures(self.request, variants, judge=judge, progress=progress)
-        if self.sheet is not None:
-            draw_sheet(rows, self.sheet)
-        return rows
+        with stages() as advance:
+            self.rows = compare_pictures(self.request, variants, progress=advance)
+        try:
+            self.rows = judge_pictures(self.rows, judge)
+        except InputError as error:
+            raise RetrofitError(str(error)) from error
+        finally:
+            if self.sheet is not None:
+                draw_sheet(self.rows, self.sheet)
 
 
 def plan_pictures(
-    model: str,
-    prompt_file: Path | None,
-    num_pictures: int | None,
-    judge: Path | None,
-    sheet: Path | None,
-    given: Mapping[str, Any],
+    model: str, asked: AskedPictures, choice: InputChoice, where: Where
 ) -> PicturePlan | None:
     """What is to be drawn, None if nothing is.
 
     Args:
         model: As given.
-        prompt_file: One prompt a line.
-        num_pictures: How many of them.
-        judge: A Python file.
-        sheet: Where the contact sheet goes.
-        given: Fields of the request; a seed among them is the first picture's.
+        asked: The options about pictures.
+        choice: Its size is theirs too, and its seed is the first picture's.
+        where: Device and dtype.
 
     Raises:
         InputError: If something is asked of pictures without prompts, or does not fit the model.
     """
-    if prompt_file is None:
-        alone = {"--pictures": num_pictures, "--judge": judge, "--sheet": sheet}
-        alone |= {f"--{name}": given.get(name) for name in ("steps", "eta")}
-        for option, value in alone.items():
-            if value is not None:
-                raise InputError(f"{option}: needs --prompt-file, what to draw. Name one.")
+    options.require_positive("pictures", asked.count)
+    options.refuse_picture("--sheet", asked.sheet, (".png",))
+    if asked.prompts is None:
+        _refuse_alone(asked)
         return None
-    from retrofit.compare.pictures import read_judge
+    from retrofit.compare.judging import read_judge
     from retrofit.generate import Generator, Request
 
-    prompts = read_prompts(None, prompt_file)[:num_pictures]
-    if judge is not None:
-        read_judge(judge, prompts[0])
-    values = {key: value for key, value in given.items() if value is not None}
-    first = values.pop("seed", 0)
-    seeds = tuple(first + i for i in range(len(prompts)))
-    request = Request(model=model, prompts=tuple(prompts), seeds=seeds, **values)
-    return PicturePlan(request=Generator(request).request, judge=judge, sheet=sheet)
+    prompts = tuple(read_prompts(None, asked.prompts)[: asked.count])
+    if asked.judge is not None:
+        read_judge(asked.judge, prompts[0])
+    request = Request(
+        model=model,
+        prompts=prompts,
+        seeds=tuple(choice.seed + i for i in range(len(prompts))),
+        width=choice.asked.width,
+        height=choice.asked.height,
+        steps=asked.steps,
+        eta=asked.eta,
+        device=where.device,
+        dtype=where.dtype,
+        config=where.config,
+        trust_remote_code=where.trust_remote_code,
+    )
+    checked = Generator(request).request
+    return PicturePlan(request=checked, judge=asked.judge, sheet=asked.sheet)
 
 
-def print_pictures(rows: tuple[PictureRow, ...], sheet: Path | None) -> None:
-    """The table, and where the sheet is."""
-    from retrofit.compare.pictures import table
-
-    if rows:
-        print_lines("")
-        print_table(*table(rows))
-    if sheet is not None:
-        print_lines(f"sheet: {sheet}")
+def _refuse_alone(asked: AskedPictures) -> None:
+    given: dict[str, object] = {"pictures": asked.count, "judge": asked.judge}
+    given |= {"sheet": asked.sheet, "steps": asked.steps, "eta": asked.eta}
+    for option, value in given.items():
+        if value is not None:
+            raise InputError(f"--{option}: needs --prompt-file, what to draw. Name one.")
 
 
-def pictures_json(rows: tuple[PictureRow, ...], sheet: Path | None) -> dict[str, Any]:
-    """The keys of --json."""
-    from retrofit.compare.pictures import to_dict
+def print_pictures(plan: PicturePlan) -> None:
+    """The table, and where the sheet is, of what was drawn."""
+    from retrofit.compare.sheet import table
 
-    return {"pictures": list(map(to_dict, rows)), "sheet": None if sheet is None else str(sheet)}
+    if not plan.rows:
+        return
+    print_lines("")
+    print_table(*table(plan.rows))
+    if plan.sheet is not None:
+        print_lines(f"sheet: {plan.sheet}")
+
+
+def pictures_json(plan: PicturePlan | None) -> dict[str, Any]:
+    """The keys of --json, of what was drawn."""
+    from retrofit.compare.sheet import to_dict
+
+    rows, sheet = (plan.rows, plan.sheet) if plan is not None else ((), None)
+    return {
+        "pictures": list(map(to_dict, rows)),
+        "sheet": str(sheet) if rows and sheet is not None else None,
+    }

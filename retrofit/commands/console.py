@@ -7,22 +7,15 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from retrofit.patching import PatchReport
+
 SCHEMA = 1
 PIPED_WIDTH = 160
-
-
-class Report(Protocol):
-    """What a command shows of a patch; both `PatchReport` and a manifest's record fit."""
-
-    @property
-    def patched(self) -> tuple[str, ...]:
-        """Paths of the sites patched."""
-        ...
 
 
 def result(
@@ -45,6 +38,17 @@ def result(
         "keep_asked": keep_asked,
         "keep_measured": keep_measured,
         **more,
+    }
+
+
+def report_keys(report: PatchReport | None) -> dict[str, Any]:
+    """What `result` shows of a patch; nothing where there is none."""
+    if report is None:
+        return {}
+    return {
+        "method": report.method,
+        "patched": report.patched,
+        "skipped": [(skip.path, skip.reason) for skip in report.skipped],
     }
 
 

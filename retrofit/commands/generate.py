@@ -181,7 +181,7 @@ def run(
             "-o",
             "--out",
             metavar="FILE",
-            help="A PNG in a folder that exists; several pictures are numbered.",
+            help=f"A PNG; several pictures are numbered. {options.FOLDERS_MADE}",
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,

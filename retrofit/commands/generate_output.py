@@ -12,7 +12,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.commands.console import result, say
+from retrofit.commands.console import report_keys, result, say
 
 if TYPE_CHECKING:
     from retrofit.generate import Generator
@@ -129,9 +129,7 @@ def as_json(
     request = generator.request.to_dict()
     return result(
         family=report.families[0] if report else None,
-        method=report.method if report else None,
-        patched=report.patched if report else (),
-        skipped=[(skip.path, skip.reason) for skip in report.skipped] if report else (),
+        **report_keys(report),
         keep_asked=getattr(handle.recipe.method, "keep", None) if handle else None,
         pictures=[
             {

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrofit.errors import ConfigError, InputError
+from retrofit.outputs import refuse_file
 
 if TYPE_CHECKING:
     from retrofit.recipe import Recipe
@@ -17,7 +18,9 @@ MAX_SEED = 2**63 - 1
 WHAT = "What to install"
 WHERE = "Where it runs"
 OUTPUT = "What is written"
+PLOTS = (".png", ".svg", ".pdf")  # endings
 NEW_FOLDER = "New folder; those above it are made too."
+FOLDERS_MADE = "Missing folders are made."
 
 Model = Annotated[
     str,
@@ -112,6 +115,15 @@ Force = Annotated[
     bool,
     typer.Option("--force", help="Replace an earlier result.", rich_help_panel=OUTPUT),
 ]
+Plot = Annotated[
+    Path | None,
+    typer.Option(
+        "--plot",
+        metavar="FILE",
+        help=f"Also draw it, as in --plot plot.png. {FOLDERS_MADE}",
+        rich_help_panel=OUTPUT,
+    ),
+]
 
 
 def read_settings(settings: list[str] | None) -> dict[str, Any]:
@@ -188,6 +200,20 @@ def read_size(size: str | None) -> tuple[int | None, int | None]:
     if not (separator and width.isdigit() and height.isdigit() and int(width) and int(height)):
         raise InputError(f"--size {size}: expected WIDTHxHEIGHT in pixels, as in 1920x1080.")
     return int(width), int(height)
+
+
+def refuse_picture(option: str, file: Path | None, endings: tuple[str, ...] = PLOTS) -> None:
+    """Find out before an hour of measuring that a picture can't be written.
+
+    Raises:
+        InputError: If its place can't be written to or its ending is of no picture.
+    """
+    if file is None:
+        return
+    if file.suffix.lower() not in endings:
+        words = " or ".join(filter(None, [", ".join(endings[:-1]), endings[-1]]))
+        raise InputError(f"{option} {file}: expected a name ending in {words}.")
+    refuse_file(option, file)
 
 
 def require_positive(name: str, value: int | None) -> None:

@@ -16,6 +16,7 @@ from retrofit.commands.console import (
     print_json,
     print_lines,
     progress,
+    report_keys,
     result,
     say,
 )
@@ -164,9 +165,7 @@ def _as_json(plan: Plan, proof: dict[str, Any] | None, out: Path | None) -> dict
     report = plan.handle.report
     return result(
         family=report.families[0],
-        method=report.method,
-        patched=report.patched,
-        skipped=[(skip.path, skip.reason) for skip in report.skipped],
+        **report_keys(report),
         keep_asked=keep_asked(plan),
         keep_measured=keep_measured(proof),
         changed=list(report.changed),

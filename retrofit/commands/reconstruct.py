@@ -16,6 +16,7 @@ from retrofit.commands.console import (
     format_bytes,
     print_json,
     print_lines,
+    report_keys,
     result,
     say,
     stages,
@@ -94,7 +95,7 @@ def run(
             "-o",
             "--out",
             metavar="FOLDER",
-            help="New folder; those above it are made too.",
+            help=options.NEW_FOLDER,
             rich_help_panel=options.OUTPUT,
         ),
     ] = None,
@@ -220,9 +221,7 @@ def _as_json(made: Result, out: Path, written: dict[str, Any]) -> dict[str, Any]
     report = None if handle is None else handle.report
     return result(
         family=made.network.lower(),
-        method=None if report is None else report.method,
-        patched=() if report is None else report.patched,
-        skipped=() if report is None else [(skip.path, skip.reason) for skip in report.skipped],
+        **report_keys(report),
         keep_asked=None if handle is None else getattr(handle.recipe.method, "keep", None),
         keep_measured=None if handle is None else handle.keep_measured(),
         out=str(out),

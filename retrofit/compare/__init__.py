@@ -21,13 +21,8 @@ from retrofit.compare.measure import (
 )
 from retrofit.compare.metrics import GroupMetric, Metric, PairMetric, measure_group, metrics_for
 from retrofit.compare.result import Comparison, Row
-from retrofit.compare.views import (
-    DENSE,
-    TRUTH_METRICS,
-    ViewRow,
-    keep_by_site,
-    measure_variant,
-)
+from retrofit.compare.truth import TRUTH_METRICS
+from retrofit.compare.views import DENSE, ViewRow, keep_by_site, measure_variant
 from retrofit.errors import InputError, NonFiniteError
 from retrofit.networks import FoundNetwork
 from retrofit.patching import Patch, patch

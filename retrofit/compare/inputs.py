@@ -6,7 +6,7 @@ import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from retrofit.checkpoint import Checkpoint
 from retrofit.compare.measure import ModelCall, ModelInput
 from retrofit.compare.samples import collect_documents, draw_pictures
-from retrofit.compare.scenes import read_scenes
+from retrofit.compare.scenes import NamedScene, read_scenes
 from retrofit.errors import InputError, NotFoundError, UnsupportedError
 from retrofit.families.examples import InputSize
 from retrofit.inspection import AskedSize
@@ -79,9 +79,17 @@ def make_inputs(
 
 
 def scene_inputs(checkpoint: Checkpoint, choice: InputChoice) -> list[ModelInput]:
-    """Scenes of the folders that the user named, for a VGGT or Pi3 with its heads."""
-    fitting = Fitting.of(checkpoint, size=choice.asked.width)
-    scenes = read_scenes(choice.files, fitting, views=choice.asked.frames, count=choice.count)
+    """Scenes of the folders that the user named, for a VGGT or Pi3 with its heads.
+
+    Raises:
+        InputError: If one can't be used, or its photos do not become of the size asked for.
+    """
+    asked = choice.asked
+    fitting = Fitting.of(checkpoint, size=asked.width)
+    if asked.width is not None and asked.height is not None:
+        fitting = replace(fitting, max_pixels=asked.width * asked.height)
+    scenes = read_scenes(choice.files, fitting, views=asked.frames, count=choice.count)
+    _refuse_other_sizes(scenes, asked, fitting)
     return [
         ModelInput(
             name=scene.name,
@@ -91,6 +99,22 @@ def scene_inputs(checkpoint: Checkpoint, choice: InputChoice) -> list[ModelInput
         )
         for scene in scenes
     ]
+
+
+def _refuse_other_sizes(scenes: Sequence[NamedScene], asked: AskedSize, fitting: Fitting) -> None:
+    """Photos keep their shape: with a width their height is given, to a patch where areas are."""
+    if asked.width is None or asked.height is None:
+        return
+    off = fitting.patch_size if fitting.mode == "area" else 0
+    made = {scene.name: (scene.images.shape[3], scene.images.shape[2]) for scene in scenes}
+    for name, (width, height) in made.items():
+        if max(abs(width - asked.width), abs(height - asked.height)) > off:
+            one = len(set(made.values())) == 1
+            fix = f"Take --size {width}x{height}" if one else "Compare scenes of one shape"
+            raise InputError(
+                f"--size {asked.width}x{asked.height}: the photos of {name} keep their shape and "
+                f"become {width}x{height}. {fix}, or leave it out."
+            )
 
 
 def scene_size(inputs: Sequence[ModelInput]) -> AskedSize:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from retrofit.checkpoint.manifest import current_versions
 from retrofit.compare.metrics import output_tensor
-from retrofit.compare.views import TrueScene
+from retrofit.compare.truth import TrueScene
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.patching import Patch
 from retrofit.timing import processor_name

@@ -1,21 +1,14 @@
-"""Whole pictures of a text-to-image pipeline, dense and patched: side by side, timed and judged."""
+"""Whole pictures of a text-to-image pipeline, dense and patched, from the same noise, timed."""
 
 from __future__ import annotations
 
-import importlib.util
-import math
-import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, ImageDraw
 
-from retrofit.errors import InputError, NotFoundError
+from retrofit.compare.judging import Judge
 from retrofit.generate import Generator, Request
 from retrofit.generate.pipelines import Opened, without_patch
 from retrofit.generate.running import Picture, Progress, run_batch
@@ -27,11 +20,6 @@ from retrofit.timing import Spread
 
 DENSE = "dense"
 WARM_UP_STEPS = 3
-TRIAL = 128  # pixels of the grey picture that a judge is tried on
-CELL, LABEL, LEAST_COLUMNS = 192, 46, 3  # pixels of a contact sheet
-Z = 1.96  # of a 95% interval
-
-Judge = Callable[[NDArray[np.uint8], str], Mapping[str, float]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,16 +79,27 @@ def compare_pictures(
         with without_patch(opened):
             made = _draw(opened, generator.request, plan, progress)
     dense = made[DENSE]
-    return tuple(
+    rows = tuple(
         PictureRow(
             name=name,
             size=pictures[0].image.size,
             pictures=tuple(pictures),
             speed=_speed(dense, pictures),
-            scores={} if judge is None else _judge(judge, pictures),
         )
         for name, pictures in made.items()
     )
+    return judge_pictures(rows, judge)
+
+
+def judge_pictures(rows: tuple[PictureRow, ...], judge: Judge | None) -> tuple[PictureRow, ...]:
+    """The same rows with what a judge says of every picture; None changes nothing.
+
+    Raises:
+        InputError: If a judge that `read_judge` gave fails.
+    """
+    if judge is None:
+        return rows
+    return tuple(replace(row, scores=_judge(judge, row.pictures)) for row in rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,163 +160,3 @@ def _speed(dense: Sequence[Picture], patched: Sequence[Picture]) -> Spread | Non
 def _judge(judge: Judge, pictures: Sequence[Picture]) -> dict[str, Spread]:
     said = [judge(np.array(picture.image), picture.prompt) for picture in pictures]
     return {name: Spread(values=tuple(s[name] for s in said)) for name in said[0]}
-
-
-def read_judge(file: Path, prompt: str = "") -> Judge:
-    """The function `score(picture, prompt)` of a Python file that the user names.
-
-    It is given red, green and blue as a NumPy array `[H, W, 3]`, uint8, and gives finite numbers by
-    name, the same names for every picture. It is tried on a grey picture at once, so that a mistake
-    in it shows before anything is drawn.
-
-    Args:
-        file: Python code, run as it is.
-        prompt: To try it with.
-
-    Raises:
-        NotFoundError: If there is no such file.
-        InputError: If it fails, or has no such function; later too, when the function is called.
-    """
-    if not file.is_file():
-        raise NotFoundError(f"--judge {file}: no such file. Name a Python file.")
-    spec = importlib.util.spec_from_file_location(f"judge_{file.stem}", file)
-    if spec is None or spec.loader is None:
-        raise InputError(f"--judge {file}: expected a Python file. Name one that ends in .py.")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    with _importable(file.resolve().parent):
-        try:
-            spec.loader.exec_module(module)
-        except Exception as error:
-            raise InputError(f"--judge {file}: it fails with {error!r}. Mend it.") from error
-    score = getattr(module, "score", None)
-    if not callable(score):
-        raise InputError(
-            f"--judge {file}: expected a function score(picture, prompt) that gives numbers by "
-            "name. Write one."
-        )
-    judge = _checked(score, file)
-    judge(np.full((TRIAL, TRIAL, 3), 128, np.uint8), prompt)
-    return judge
-
-
-def _checked(score: Callable[..., Any], file: Path) -> Judge:
-    """A judge whose mistakes are told as such."""
-    names: list[set[str]] = []
-
-    def judge(picture: NDArray[np.uint8], prompt: str) -> dict[str, float]:
-        where = f"--judge {file}: score(picture, {prompt!r})"
-        try:
-            said = score(picture, prompt)
-        except Exception as error:
-            raise InputError(f"{where} fails with {error!r}. Mend it.") from error
-        try:
-            numbers = {str(name): float(value) for name, value in said.items()}
-        except (AttributeError, TypeError, ValueError) as error:
-            raise InputError(
-                f"{where}: expected numbers by name, as in {{'sharp': 0.9}}, got {said!r}."
-            ) from error
-        if not all(map(math.isfinite, numbers.values())):
-            raise InputError(f"{where}: expected finite numbers, got {said!r}. Mend it.")
-        names.append(set(numbers))
-        if names[-1] != names[0]:
-            raise InputError(
-                f"{where}: expected the names {sorted(names[0])} as for the first picture, got "
-                f"{sorted(numbers)}. Give the same for every picture."
-            )
-        return numbers
-
-    return judge
-
-
-@contextmanager
-def _importable(folder: Path) -> Iterator[None]:
-    """Let a file import its neighbours."""
-    sys.path.insert(0, str(folder))
-    try:
-        yield
-    finally:
-        sys.path.remove(str(folder))
-
-
-def wilson_interval(right: float, count: int) -> tuple[float, float]:
-    """Wilson's 95% interval of a rate of `right` in `count`."""
-    middle = (right + Z * Z / 2) / (count + Z * Z)
-    half = Z / (count + Z * Z) * math.sqrt(right * (count - right) / count + Z * Z / 4)
-    return max(0.0, middle - half), min(1.0, middle + half)
-
-
-def rate(scores: Spread) -> tuple[int, int, float, float] | None:
-    """Right, count and the 95% interval, if every score is 0 or 1."""
-    if not set(scores.values) <= {0.0, 1.0}:
-        return None
-    right, count = round(sum(scores.values)), len(scores.values)
-    return right, count, *wilson_interval(right, count)
-
-
-def table(rows: Sequence[PictureRow]) -> tuple[list[str], list[list[str]]]:
-    """Headers and cells, a line for each row."""
-    names = list(dict.fromkeys(name for row in rows for name in row.scores))
-    headers = ["pictures", "size", "seconds each", "speed, dense = 1", *names]
-    return headers, [
-        [
-            row.name,
-            "{}x{}".format(*row.size),
-            f"{row.seconds.median:.1f}",
-            "-" if row.speed is None else f"{row.speed.median:.2f}x",
-            *(_score_cell(row.scores[name]) for name in names),
-        ]
-        for row in rows
-    ]
-
-
-def _score_cell(scores: Spread) -> str:
-    counted = rate(scores)
-    if counted is None:
-        return f"{scores.mean:.3g} ({min(scores.values):.3g} to {max(scores.values):.3g})"
-    right, count, low, high = counted
-    return f"{right}/{count} ({low:.0%} to {high:.0%})"
-
-
-def _short(scores: Spread) -> str:
-    counted = rate(scores)
-    return f"{scores.mean:.3g}" if counted is None else f"{counted[0]} of {counted[1]}"
-
-
-def to_dict(row: PictureRow) -> dict[str, Any]:
-    """As plain data, without pixels."""
-    scores: dict[str, Any] = {}
-    for name, spread in row.scores.items():
-        scores[name] = {**spread.to_dict(), "values": list(spread.values)}
-        if (counted := rate(spread)) is not None:
-            scores[name]["interval"] = list(counted[2:])
-    return {
-        "name": row.name,
-        "size": list(row.size),
-        "prompts": [picture.prompt for picture in row.pictures],
-        "seeds": [picture.seed for picture in row.pictures],
-        "seconds": row.seconds.to_dict(),
-        "speed": None if row.speed is None else row.speed.to_dict(),
-        "scores": scores,
-    }
-
-
-def draw_sheet(rows: Sequence[PictureRow], file: Path) -> None:
-    """Write a contact sheet: a line of pictures for each row, its time and scores above it."""
-    columns = max(LEAST_COLUMNS, *(len(row.pictures) for row in rows))
-    sheet = Image.new("RGB", (columns * CELL, len(rows) * (CELL + LABEL)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        top = i * (CELL + LABEL)
-        width, height = row.size
-        name = f"{row.name}: {width}x{height}, {row.seconds.median:.1f} s each"
-        draw.text((6, top + 4), name, fill="black", font_size=16)
-        scores = [f"{name} {_short(spread)}" for name, spread in row.scores.items()]
-        draw.text((6, top + 25), ", ".join(scores), fill="black", font_size=13)
-        for j, picture in enumerate(row.pictures):
-            width, height = picture.image.size
-            scale = (CELL - 4) / max(width, height)
-            fitted = round(width * scale), round(height * scale)
-            cell = picture.image.resize(fitted, Image.Resampling.LANCZOS)
-            sheet.paste(cell, (j * CELL + 2, top + LABEL))
-    sheet.quantize(256, kmeans=3).save(file, optimize=True)

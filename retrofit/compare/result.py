@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from retrofit.compare.metrics import Metric
-from retrofit.compare.views import Change, TruthMetric
+from retrofit.compare.truth import Change, TruthMetric
 from retrofit.patching import PatchReport
 from retrofit.recipe import Recipe
 from retrofit.timing import Spread
 
-ALLOWANCE = (0.05, 16 * 2**20)  # of peak memory: fraction of dense's, and bytes for packing
+MIB = 2**20
+ALLOWANCE = (0.05, 16 * MIB)  # of peak memory: fraction of dense's, and bytes for packing
 
 
 @dataclass(frozen=True, kw_only=True)

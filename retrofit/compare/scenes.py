@@ -20,7 +20,7 @@ from torch import Tensor
 
 from retrofit.architectures.cameras import invert_extrinsics
 from retrofit.architectures.images import ImageFit
-from retrofit.compare.views import TrueScene
+from retrofit.compare.truth import TrueScene
 from retrofit.errors import InputError, NotFoundError
 from retrofit.reconstruct.fitting import Fitting
 from retrofit.reconstruct.inputs import IMAGES

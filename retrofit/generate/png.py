@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint import PARTIAL
 from retrofit.errors import InputError, NotFoundError
+from retrofit.outputs import make_folders, refuse_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -43,26 +44,21 @@ def refuse_outputs(files: list[Path], *, force: bool) -> None:
     """Find out before anything runs that the pictures can't be written.
 
     Raises:
-        InputError: If one exists, or its folder doesn't or can't be written to.
+        InputError: If one exists, or the folder it goes to can't be written to.
     """
     for file in files:
-        folder = file.absolute().parent
-        if not folder.is_dir():
-            raise InputError(f"-o {file}: its folder does not exist. Make it first.")
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise InputError(f"-o {file}: {folder} is read-only. Give another folder.")
-        if file.is_dir():
-            raise InputError(f"-o {file}: is a folder. Give another name.")
+        refuse_file("-o", file)
         if file.exists() and not force:
             raise InputError(f"-o {file}: exists. Give another name, or replace it with --force.")
 
 
 def write_png(picture: Image, file: Path, record: Mapping[str, Any]) -> None:
-    """Write a picture with its record beside its place, then give it its name."""
+    """Write a picture with its record beside its place, then give it its name; makes folders."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     info.add_itxt(KEY, json.dumps({"schema": SCHEMA, **record}, sort_keys=True))
+    make_folders(file)
     hidden = file.with_name(f".{file.name}{PARTIAL}{os.getpid()}")
     try:
         with hidden.open("wb") as stream:

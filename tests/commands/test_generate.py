@@ -50,6 +50,13 @@ def start(tmp_path):
     return tmp_path / "start.png"
 
 
+def test_missing_folders_are_made_as_the_help_says(generate, run_command, tmp_path):
+    picture = tmp_path / "new" / "deeper" / "a.png"
+    generate(*QUICK, "-o", picture)
+    assert pixels(picture).shape == (32, 32, 3)
+    assert "Missing folders are made" in " ".join(run_command("generate", "--help").out.split())
+
+
 def test_a_picture_has_the_training_size_unless_asked_otherwise(generate, tmp_path):
     answer = generate(*QUICK, "-o", tmp_path / "a.png")
     assert pixels(tmp_path / "a.png").shape == (32, 32, 3)

@@ -92,6 +92,34 @@ def test_a_lora_that_is_no_safetensors_file(refused, tmp_path):
     )
 
 
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        ((), "expected a LoRA, got a file that holds none. Give a LoRA in safetensors"),
+        (("unet.conv.weight",), "expected a LoRA, got a file that holds none."),
+        (("unet.a.to_q.lora_A.weight",), "expected unet.a.to_q.lora_B.weight beside"),
+        (("lora_unet_a.lora_down.weight", "lora_unet_a.alpha"), "expected lora_unet_a.lora_up"),
+    ],
+    ids=["empty", "other", "half", "kohya-half"],
+)
+def test_a_lora_of_nonsense_is_refused_in_our_words(refused, tmp_path, names, message):
+    import torch
+    from safetensors.torch import save_file
+
+    save_file({name: torch.zeros(2, 2) for name in names}, tmp_path / "odd.safetensors")
+    line = refused("--lora", tmp_path / "odd.safetensors")
+    assert f"--lora {tmp_path / 'odd.safetensors'}: {message}" in line
+
+
+@pytest.mark.parametrize("option", ["--lora", "--ip-adapter"])
+def test_a_pickle_is_never_opened(refused, tmp_path, start, option):
+    (tmp_path / "style.bin").write_bytes(b"cos\nsystem\n(S'touch opened'\ntR.")
+    image = () if option == "--lora" else ("--ip-image", start)
+    line = refused(option, tmp_path / "style.bin", *image)
+    assert "expected a .safetensors file" in line
+    assert "Give it in safetensors" in line
+
+
 def test_a_lora_that_is_not_there(refused, tmp_path):
     assert "no such file or folder" in refused("--lora", tmp_path / "none.safetensors")
     (tmp_path / "folder").mkdir()
@@ -169,12 +197,12 @@ def test_checkpoints_that_are_no_pipeline(refused, pipeline, encoder, tmp_path):
     assert "expected a text-to-image pipeline" in refused(model=tmp_path / "vggt")
 
 
-def test_an_output_that_exists_or_cant_be(refused, tmp_path):
+def test_an_output_that_exists_or_cant_be(refused, tmp_path, start):
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     assert "exists. Give another name, or replace it with --force" in refused()
     assert "ending in .png" in refused(out="a.jpg")
     assert "ending in .png" in refused(out="a")
-    assert "its folder does not exist" in refused(out="none/a.png")
+    assert f"{start} is a file" in refused(out="start.png/below/b.png")
     assert "expected -o FILE" in refused(out=None)
     (tmp_path / "b-2.png").mkdir()
     assert "is a folder" in refused("-n", "2", out="b.png")

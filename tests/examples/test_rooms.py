@@ -18,13 +18,10 @@ from safetensors import safe_open
 from retrofit.architectures.cameras import unproject_depth
 from retrofit.architectures.vggt import VGGT
 from retrofit.checkpoint import find_checkpoint
+from retrofit.compare.geometry import absolute_relative_error, true_rotations
 from retrofit.compare.scenes import read_scenes
-from retrofit.compare.views import (
-    TrueScene,
-    absolute_relative_error,
-    compare_views,
-    true_rotations,
-)
+from retrofit.compare.truth import TrueScene
+from retrofit.compare.views import compare_views
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.recipe import Recipe
 from retrofit.reconstruct.fitting import Fitting
