@@ -18,6 +18,9 @@ from retrofit.generate.request import Request
 # what the libraries raise for weights and configs that they can't use
 LIBRARY_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError)
 
+# how the two matrices of a layer are told apart, in peft's files, kohya's and diffusers' old ones
+LORA_HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"), (".down.", ".up."))
+
 
 def open_controlnet(pipeline: Any, request: Request, dtype: str | None) -> Any:
     """Load a ControlNet, after its config has been held against the UNet's.
@@ -61,7 +64,7 @@ def add_loras(pipeline: Any, request: Request) -> None:
                 f"{what}: {type(pipeline).__name__} takes no LoRA. Leave it out."
             )
         location = _file_or_hub(path, what)
-        _require_whole(location, what, fix)
+        _require_lora(_read_names(location, what, fix), what, fix)
         with _refusing(what, fix):
             pipeline.load_lora_weights(adapter_name=f"lora{i}", **location)
         listed = {name for names in pipeline.get_list_adapters().values() for name in names}
@@ -76,6 +79,11 @@ def _file_or_hub(path: str, what: str) -> dict[str, Any]:
     """Arguments of diffusers' loaders of adapters: a local file or folder, or a hub id."""
     local = Path(path).expanduser()
     if local.is_file():
+        if local.suffix != ".safetensors":
+            raise InputError(
+                f"{what}: expected a .safetensors file, as others may be pickles, and opening one "
+                "can run any code. Give it in safetensors."
+            )
         return {
             "pretrained_model_name_or_path_or_dict": str(local.parent),
             "weight_name": local.name,
@@ -116,7 +124,7 @@ def add_ip_adapter(pipeline: Any, request: Request) -> None:
             f"image_encoder/ beside it has one. Put it there."
         )
     fix = "Give an IP-Adapter of the same architecture."
-    _require_whole(location, what, fix)
+    _read_names(location, what, fix)
     with _refusing(what, fix):
         pipeline.load_ip_adapter(
             subfolder="",
@@ -127,21 +135,37 @@ def add_ip_adapter(pipeline: Any, request: Request) -> None:
         pipeline.set_ip_adapter_scale(request.ip_scale)
 
 
-def _require_whole(location: dict[str, Any], what: str, fix: str) -> None:
-    """Look at the header of a safetensors file before a library does.
+def _read_names(location: dict[str, Any], what: str, fix: str) -> list[str]:
+    """The tensors' names, from the header of a safetensors file before a library reads it.
 
     Raises:
         InputError: If it is damaged, or something else of that name.
     """
     file = Path(location["pretrained_model_name_or_path_or_dict"]) / location["weight_name"]
-    if file.suffix != ".safetensors":
-        return
     try:
-        read_header(file)
+        return list(read_header(file))
     except CheckpointError as error:
         raise InputError(
             f"{what}: expected a whole safetensors file, got a damaged one or something else. {fix}"
         ) from error
+
+
+def _require_lora(names: list[str], what: str, fix: str) -> None:
+    """Look for matrices of low rank, in pairs.
+
+    Raises:
+        InputError: If there are none, or one lacks its other half.
+    """
+    halves = [name for name in names if "lora" in name.lower()]
+    if not halves:
+        raise InputError(f"{what}: expected a LoRA, got a file that holds none. {fix}")
+    for name in halves:
+        down, up = next((pair for pair in LORA_HALVES if pair[0] in name), ("", ""))
+        if down and name.replace(down, up) not in names:
+            raise InputError(
+                f"{what}: expected {name.replace(down, up)} beside {name}, got only one half of "
+                "that layer. Fetch it again."
+            )
 
 
 def _plain(value: Any) -> Any:
