@@ -91,8 +91,7 @@ static void store_rows(const Job *job, const Scratch *s, void *dst, float *lse, 
     int64_t width = job->vectors_v * VL, step = c->o_stride[3];
     for (int64_t r = 0; r < rows; r++, dst = (char *)dst + c->o_stride[2] * size_of(c)) {
         const float *from = s->out + r * width;
-        float sum = 0;
-        for (int i = 0; i < VL; i++) sum += s->sums[r * VL + i];
+        float sum = sum_lanes(*(const vf *)(s->sums + r * VL));
         /* nothing seen: zeros and -inf; NaN stays NaN */
         float inverse = sum == 0 ? 0 : 1 / sum;
         int64_t d = 0;

@@ -132,8 +132,7 @@ NOINLINE void raise_maxima(Tile *t, const vf *scores, float factor, int first, i
     for (int r = first; r < first + rows; r++, scores += NV) {
         vf best = vmax(scores[0], scores[1]);
         for (int v = 2; v < NV; v++) best = vmax(best, scores[v]);
-        float top = best[0];
-        for (int i = 1; i < VL; i++) top = best[i] > top ? best[i] : top;
+        float top = largest_lane(best);
         if (!(top > t->limits[r])) continue;
         float maximum = top * factor, before = t->maxima[r];
         t->maxima[r] = maximum;
@@ -321,6 +320,26 @@ static void run_strip(Tile *t, Strip *strip) {
     strip->count = 0;
 }
 
+/* Whether every row of the query block sees all of the next NV panels. */
+INLINE int is_open(const PanelRef *panels) {
+    int open = 1;
+    UNROLL
+    for (int v = 0; v < NV; v++) open &= panels[v].block < 0 && panels[v].bits == ALL_LANES;
+    return open;
+}
+
+INLINE void run_open_strip(Tile *t, const PanelRef *panels) {
+    Strip strip;
+    strip.masked = 0;
+    strip.count = NV;
+    UNROLL
+    for (int v = 0; v < NV; v++) {
+        strip.panel[v] = panels[v].panel;
+        strip.key[v] = panels[v].key;
+    }
+    run_strip(t, &strip);
+}
+
 /* Lanes of a panel that one row sees, of those in `bits`. */
 static uint32_t row_lanes(const Tile *t, const PanelRef *p, const uint64_t *entry, int r) {
     const Call *c = t->job->call;
@@ -349,7 +368,10 @@ static void attend_group(Tile *t, const PanelRef *panels, int count) {
     int by_row = c->attn_mask_kind == MASK_BOOL && c->m_stride[2];
     Strip strip = {0};
     uint64_t common = 0; /* lanes that all rows see */
-    for (int n = 0; n < count; n++) {
+    int n = 0;
+    if (!by_row && !c->is_causal)
+        for (; n + NV <= count && is_open(panels + n); n += NV) run_open_strip(t, panels + n);
+    for (; n < count; n++) {
         const PanelRef *p = &panels[n];
         const uint64_t *entry = p->block < 0 ? NULL : t->s->entry_bits[p->block];
         int shift = strip.count * VL;

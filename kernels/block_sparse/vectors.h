@@ -136,6 +136,26 @@ INLINE vf vmax(vf a, vf b) {
 #endif
 }
 
+INLINE float largest_lane(vf x) {
+#if VECTOR_BYTES == 64
+    return _mm512_reduce_max_ps((__m512)x);
+#else
+    float top = x[0];
+    for (int i = 1; i < VL; i++) top = x[i] > top ? x[i] : top;
+    return top;
+#endif
+}
+
+INLINE float sum_lanes(vf x) {
+#if VECTOR_BYTES == 64
+    return _mm512_reduce_add_ps((__m512)x);
+#else
+    float sum = 0;
+    for (int i = 0; i < VL; i++) sum += x[i];
+    return sum;
+#endif
+}
+
 INLINE int any_lane(vi mask) {
 #if VECTOR_BYTES == 64
     return _mm512_test_epi32_mask((__m512i)mask, (__m512i)mask) != 0;
