@@ -70,10 +70,9 @@ static void load_queries(const Job *job, Scratch *s, const void *src, int64_t ro
         int64_t d = 0;
         if (job->use_dot) {
             uint16_t *to = (uint16_t *)s->q + r * 2 * depth;
-            if (job->sign == 1 && step == 1) {
-                memcpy(to, src, 2 * (size_t)c->dim);
-                d = c->dim;
-            }
+            if (job->sign == 1 && step == 1) /* a call of memcpy would cost more than the copy */
+                for (; d + VL <= c->dim; d += VL)
+                    *(vhu *)(to + d) = *(const vhu *)((const uint16_t *)src + d);
             for (; d < 2 * depth; d++)
                 to[d] = d < c->dim ? to_bfloat(job->sign * load_element(src, d * step, BFLOAT16)) : 0;
             continue;
