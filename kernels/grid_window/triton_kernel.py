@@ -9,6 +9,20 @@ import triton.language as tl
 
 
 @triton.jit
+def find_program(tiles, row_blocks, num_heads):
+    """Batch, head, tile on each axis and block of its rows, of this program."""
+    # one axis: the others of a launch hold 65535 programs, fewer than some batches have heads
+    num_blocks = tiles[0] * tiles[1] * tiles[2] * row_blocks
+    i_head = tl.program_id(0) // num_blocks
+    i_block = tl.program_id(0) % num_blocks % row_blocks
+    i_tile = tl.program_id(0) % num_blocks // row_blocks
+    i_batch = (i_head // num_heads).to(tl.int64)
+    i_head = (i_head % num_heads).to(tl.int64)
+    i_axes = (i_tile // (tiles[2] * tiles[1]), i_tile // tiles[2] % tiles[1], i_tile % tiles[2])
+    return i_batch, i_head, i_axes, i_block
+
+
+@triton.jit
 def split_slots(index, n_1, n_2):
     """Slots on the three axes of numbers within a tile, the slowest axis first."""
     rest = index // n_2
@@ -16,9 +30,12 @@ def split_slots(index, n_1, n_2):
 
 
 @triton.jit
-def look_up(p_keys, i_tile, span, slot, mask):
-    """Positions of key slots of one axis."""
-    return tl.load(p_keys + i_tile * span + slot, mask=mask, other=0)
+def look_up(p_tables, i_axes, widths, slots, mask):
+    """Positions of slots: what the tables of the axes say, added up."""
+    found = tl.load(p_tables[0] + i_axes[0] * widths[0] + slots[0], mask=mask, other=0)
+    found += tl.load(p_tables[1] + i_axes[1] * widths[1] + slots[1], mask=mask, other=0)
+    found += tl.load(p_tables[2] + i_axes[2] * widths[2] + slots[2], mask=mask, other=0)
+    return found
 
 
 @triton.jit
@@ -28,6 +45,31 @@ def row_bounds(p_rows, i_tile, num_tiles, tile, slot, mask):
     low = tl.load(p_low, mask=mask, other=0)
     high = tl.load(p_low + num_tiles * tile, mask=mask, other=0)
     return low, high
+
+
+@triton.jit
+def is_between(slot, low, high):
+    """Whether each key slot lies within the bounds of each row."""
+    return (slot[None, :] >= low[:, None]) & (slot[None, :] < high[:, None])
+
+
+@triton.jit
+def load_bias(p_bias, mask):
+    """What is added to scores, for exponents of two."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    bias = tl.load(p_bias, mask=mask, other=0.0)
+    # the lowest finite value must not become -inf: a row of it is a plain mean
+    return tl.where(bias > -float("inf"), tl.maximum(bias * LOG2E, -2e38), bias)
+
+
+@triton.jit
+def weigh(scores, peak, total):
+    """A step of the softmax: weights, factor for what was added up before, new peak and total."""
+    now = tl.maximum(peak, tl.max(scores, 1))
+    base = tl.where(now == -float("inf"), 0.0, now)
+    weights = tl.exp2(scores - base[:, None])
+    shrink = tl.exp2(peak - base)
+    return weights, shrink, now, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit(
@@ -107,48 +149,37 @@ def grid_window_fwd_kernel(
     HAS_LSE: tl.constexpr,
 ):
     """One block of rows of one tile and head, over the keys of the tile and the special tokens."""
-    LOG2E: tl.constexpr = 1.4426950408889634
     LN2: tl.constexpr = 0.6931471805599453
-    # one axis: the others of a launch hold 65535 programs, fewer than some batches have heads
-    num_blocks = tiles_0 * tiles_1 * tiles_2 * row_blocks
-    i_head = tl.program_id(0) // num_blocks
-    i_block = tl.program_id(0) % num_blocks % row_blocks
-    i_tile = tl.program_id(0) % num_blocks // row_blocks
-    i_batch = (i_head // num_heads).to(tl.int64)
-    i_head = (i_head % num_heads).to(tl.int64)
-    i_2 = i_tile % tiles_2
-    i_1 = i_tile // tiles_2 % tiles_1
-    i_0 = i_tile // (tiles_2 * tiles_1)
-    keys_0 = tl.load(p_counts_0 + tiles_0 + i_0)
-    keys_1 = tl.load(p_counts_1 + tiles_1 + i_1)
-    keys_2 = tl.load(p_counts_2 + tiles_2 + i_2)
-    num_keys = keys_0 * keys_1 * keys_2
+    tiles = (tiles_0, tiles_1, tiles_2)
+    i_batch, i_head, i_axes, i_block = find_program(tiles, row_blocks, num_heads)
+    keys_0 = tl.load(p_counts_0 + tiles_0 + i_axes[0])
+    keys_1 = tl.load(p_counts_1 + tiles_1 + i_axes[1])
+    keys_2 = tl.load(p_counts_2 + tiles_2 + i_axes[2])
 
     slot = i_block * BLOCK_M + tl.arange(0, BLOCK_M)
     first = 0
-    last = num_keys
+    last = keys_0 * keys_1 * keys_2
     if SPECIAL_ROWS:
         num_rows = num_special
         m_row = slot < num_rows
         row = tl.load(p_special + slot, mask=m_row, other=0)
     else:
-        rows_1 = tl.load(p_counts_1 + i_1)
-        rows_2 = tl.load(p_counts_2 + i_2)
-        num_rows = tl.load(p_counts_0 + i_0) * rows_1 * rows_2
+        rows_1 = tl.load(p_counts_1 + i_axes[1])
+        rows_2 = tl.load(p_counts_2 + i_axes[2])
+        num_rows = tl.load(p_counts_0 + i_axes[0]) * rows_1 * rows_2
         m_row = slot < num_rows
-        row_0, row_1, row_2 = split_slots(slot, rows_1, rows_2)
-        row = tl.load(p_rows_0 + i_0 * tile_0 + row_0, mask=m_row, other=0)
-        row += tl.load(p_rows_1 + i_1 * tile_1 + row_1, mask=m_row, other=0)
-        row += tl.load(p_rows_2 + i_2 * tile_2 + row_2, mask=m_row, other=0)
+        slots = split_slots(slot, rows_1, rows_2)
+        p_rows = (p_rows_0, p_rows_1, p_rows_2)
+        row = look_up(p_rows, i_axes, (tile_0, tile_1, tile_2), slots, m_row)
         if MASKED_0:
-            low_0, high_0 = row_bounds(p_rows_0, i_0, tiles_0, tile_0, row_0, m_row)
+            low_0, high_0 = row_bounds(p_rows_0, i_axes[0], tiles_0, tile_0, slots[0], m_row)
             # keys are in the order of this axis: those before and after all rows are not visited
             first = tl.min(tl.where(m_row, low_0, keys_0), 0) * keys_1 * keys_2
             last = tl.max(tl.where(m_row, high_0, 0), 0) * keys_1 * keys_2
         if MASKED_1:
-            low_1, high_1 = row_bounds(p_rows_1, i_1, tiles_1, tile_1, row_1, m_row)
+            low_1, high_1 = row_bounds(p_rows_1, i_axes[1], tiles_1, tile_1, slots[1], m_row)
         if MASKED_2:
-            low_2, high_2 = row_bounds(p_rows_2, i_2, tiles_2, tile_2, row_2, m_row)
+            low_2, high_2 = row_bounds(p_rows_2, i_axes[2], tiles_2, tile_2, slots[2], m_row)
 
     row = row.to(tl.int64)
     d = tl.arange(0, BLOCK_D)
@@ -171,11 +202,9 @@ def grid_window_fwd_kernel(
     end = tl.where(i_block * BLOCK_M < num_rows, end, first)  # tiles at the border are shorter
     for start in tl.range(first, end, BLOCK_N):
         n = start + tl.arange(0, BLOCK_N)
-        m_grid = n < last
-        s_0, s_1, s_2 = split_slots(n, keys_1, keys_2)
-        key = look_up(p_keys_0, i_0, span_0, s_0, m_grid)
-        key += look_up(p_keys_1, i_1, span_1, s_1, m_grid)
-        key += look_up(p_keys_2, i_2, span_2, s_2, m_grid)
+        s = split_slots(n, keys_1, keys_2)
+        p_keys = (p_keys_0, p_keys_1, p_keys_2)
+        key = look_up(p_keys, i_axes, (span_0, span_1, span_2), s, n < last)
         m_key = n < end
         if HAS_SPECIAL:
             key += tl.load(p_special + (n - last), mask=m_key & (n >= last), other=0)
@@ -185,10 +214,7 @@ def grid_window_fwd_kernel(
         )
         scores = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2
         if HAS_BIAS:
-            bias = tl.load(p_bias + p_mask_base + key * mask_token, mask=m_key, other=0.0)
-            # the lowest finite value must not become -inf: a row of it is a plain mean
-            bias = tl.where(bias > -float("inf"), tl.maximum(bias * LOG2E, -2e38), bias)
-            scores += bias[None, :]
+            scores += load_bias(p_bias + p_mask_base + key * mask_token, m_key)[None, :]
         if HAS_SEEN:
             seen = tl.load(p_seen + p_mask_base + key * mask_token, mask=m_key, other=0)
             m_key = m_key & (seen != 0)
@@ -196,34 +222,27 @@ def grid_window_fwd_kernel(
         if not SPECIAL_ROWS:
             m_special = (n >= last)[None, :]
             if MASKED_0:
-                m &= (s_0[None, :] >= low_0[:, None]) & (s_0[None, :] < high_0[:, None]) | m_special
+                m &= is_between(s[0], low_0, high_0) | m_special
             if MASKED_1:
-                m &= (s_1[None, :] >= low_1[:, None]) & (s_1[None, :] < high_1[:, None]) | m_special
+                m &= is_between(s[1], low_1, high_1) | m_special
             if MASKED_2:
-                m &= (s_2[None, :] >= low_2[:, None]) & (s_2[None, :] < high_2[:, None]) | m_special
+                m &= is_between(s[2], low_2, high_2) | m_special
         scores = tl.where(m, scores, -float("inf"))
-        now = tl.maximum(peak, tl.max(scores, 1))
-        base = tl.where(now == -float("inf"), 0.0, now)
-        weights = tl.exp2(scores - base[:, None])
-        shrink = tl.exp2(peak - base)
-        total = total * shrink + tl.sum(weights, 1)
+        weights, shrink, peak, total = weigh(scores, peak, total)
         b_v = tl.load(
             p_v + key[:, None] * v_token + e[None, :], mask=m_key[:, None] & m_e[None, :], other=0.0
         )
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
-        peak = now
 
     is_empty = total == 0.0
-    out = acc / tl.where(is_empty, 1.0, total)[:, None]
+    total = tl.where(is_empty, 1.0, total)
     p_out += i_batch * out_batch + i_head * out_head
     tl.store(
         p_out + row[:, None] * out_token + e[None, :],
-        out.to(p_out.dtype.element_ty),
+        (acc / total[:, None]).to(p_out.dtype.element_ty),
         mask=m_row[:, None] & m_e[None, :],
     )
     if HAS_LSE:
-        lse = tl.where(
-            is_empty, -float("inf"), (peak + tl.log2(tl.where(is_empty, 1.0, total))) * LN2
-        )
+        lse = tl.where(is_empty, -float("inf"), (peak + tl.log2(total)) * LN2)
         tl.store(p_lse + (i_batch * num_heads + i_head) * seq_len + row, lse, mask=m_row)
