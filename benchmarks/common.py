@@ -9,6 +9,7 @@ import secrets
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,8 +21,10 @@ from retrofit.bench.lines import Line
 from retrofit.timing import library_versions, load_average, pin_to_one_core, processor_name
 
 Reader = Callable[[str], Any]
+Clock = Callable[[], float]
 
 IDLE = 0.3  # load average above which all threads would measure the neighbours
+CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIBRARIES = ("torch", "triton", "retrofit-attention", "natten", "tomesd")
 
@@ -75,6 +78,29 @@ def add_options(parser: argparse.ArgumentParser, *, devices: Sequence[str] = ("c
     parser.add_argument("--rounds", type=int, help="timed rounds; by default what the device needs")
     if len(devices) > 1:
         parser.add_argument("--device", choices=devices, default=devices[0])
+
+
+def add_clock(parser: argparse.ArgumentParser) -> None:
+    """The option of benchmarks of calls so long that they can't wait for an idle machine."""
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: seconds of this process, which other programs disturb least; one thread only",
+    )
+
+
+def read_clock(name: str, threads: int) -> Clock:
+    """What `--clock` names.
+
+    Raises:
+        WrongOptionError: If it would add up the seconds of several threads.
+    """
+    if name == "cpu" and threads != 1:
+        raise WrongOptionError(
+            f"--clock cpu: adds up the seconds of all {threads} threads. Take --threads 1."
+        )
+    return CLOCKS[name]
 
 
 def prepare(options: argparse.Namespace) -> Machine:

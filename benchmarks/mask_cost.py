@@ -12,11 +12,10 @@ from typing import Any
 import torch
 
 from benchmarks import common
-from benchmarks.quick import TIES, choose_slowly, disagreement
+from benchmarks.choosing import TIES, attend, choose_slowly, disagreement, share_of
 from retrofit.bench.attention import Attention, Shape
-from retrofit.bench.patterns import block_sparse_route
 from retrofit.kernels import select_blocks
-from retrofit.timing import Contender, Spread, race
+from retrofit.timing import Contender, Race, Spread, race
 
 BLOCK_SIZE = (128, 64)
 
@@ -38,21 +37,16 @@ def measure(attention: Attention, keep: float, rounds: int | None) -> dict[str, 
     def error(made: torch.Tensor) -> float:
         return disagreement(made, expected)
 
-    route = block_sparse_route(attention, choose(), BLOCK_SIZE)
-    result = race(
-        [
-            Contender(name="select_blocks", run=choose, error=error, tolerance=TIES),
-            Contender(name="topk", run=choose_plainly, error=error, tolerance=10 * TIES),
-            Contender(
-                name="attend",
-                run=route.run,
-                error=attention.rows.error_against(route.expected),
-                tolerance=4e-3,
-            ),
-        ],
-        rounds=rounds,
-        device=attention.shape.device,
-    )
+    contenders = [
+        Contender(name="select_blocks", run=choose, error=error, tolerance=TIES),
+        Contender(name="topk", run=choose_plainly, error=error, tolerance=10 * TIES),
+        attend(attention, choose(), BLOCK_SIZE),
+    ]
+    result = race(contenders, rounds=rounds, device=attention.shape.device)
+    return _line(attention, keep, result)
+
+
+def _line(attention: Attention, keep: float, result: Race) -> dict[str, Any]:
     line: dict[str, Any] = {
         **attention.shape.to_dict(),
         "keep": keep,
@@ -65,15 +59,8 @@ def measure(attention: Attention, keep: float, rounds: int | None) -> dict[str, 
     }
     if "attend" in result.seconds:
         line["noisy"] = result.is_noisy("attend")
-        line["share"] = {
-            name: Spread(
-                values=tuple(
-                    a / (a + b) for a, b in zip(times, result.seconds["attend"], strict=True)
-                )
-            ).to_dict()
-            for name, times in result.seconds.items()
-            if name != "attend"
-        }
+        names = [name for name in result.seconds if name != "attend"]
+        line["share"] = {name: share_of(result, name).to_dict() for name in names}
     return line
 
 

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import common
-from benchmarks.peers import GridProblem, Missing, flex_on_grid, rearranged
+from benchmarks.grid_peers import GridProblem, flex_on_grid, rearranged
+from benchmarks.peers import Missing
 from benchmarks.tables import print_missing, print_rows
 from retrofit.bench.attention import Attention, Route, Shape
 from retrofit.bench.checking import boxes, inward_window, visible_blocks

@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -29,7 +28,6 @@ from retrofit.timing import Contender, Race, Spread, race
 
 TEXT_TOKENS = {"sd15": 77, "wan": 512}
 STEPS = 20
-CLOCKS = {"wall": time.perf_counter, "process": time.process_time}
 DENSE, TOMESD = "dense", "tomesd, half merged"
 MERGED = 0.5  # of the tokens, by tomesd
 
@@ -132,7 +130,7 @@ PRESETS = {
 
 
 def measure(
-    preset: ModelPreset, dtype: torch.dtype, options: argparse.Namespace
+    preset: ModelPreset, dtype: torch.dtype, options: argparse.Namespace, clock: common.Clock
 ) -> tuple[Race, list[Missing]]:
     """Dense, every variant and the peers, in interleaved rounds."""
     model = preset.build().eval().to(options.device, dtype)
@@ -158,7 +156,7 @@ def measure(
             contenders,
             rounds=options.rounds or 3,
             device=options.device,
-            clock=CLOCKS[options.clock],
+            clock=clock,
         )
     return found, missing
 
@@ -204,19 +202,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common.add_options(parser, devices=("cpu", "cuda"))
     parser.add_argument("--preset", default="sd15-512", help=", ".join(PRESETS))
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument(
-        "--clock",
-        choices=CLOCKS,
-        default="wall",
-        help="process: the process's CPU time, which other programs disturb least; one thread only",
-    )
+    common.add_clock(parser)
     options = parser.parse_args(arguments)
     names = common.read_list("preset", options.preset, common.known(PRESETS))
     dtypes = common.read_list("dtype", options.dtype, common.read_dtype)
     machine = common.prepare(options)
+    clock = common.read_clock(options.clock, machine.threads)
     for name in names:
         for dtype in dtypes:
-            found, missing = measure(PRESETS[name], dtype, options)
+            found, missing = measure(PRESETS[name], dtype, options, clock)
             lines = describe(name, dtype, found, missing)
             for line in ({**line, "clock": options.clock} for line in lines):
                 common.emit({**line, **machine.to_dict()}) if options.json else print(

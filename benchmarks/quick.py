@@ -10,24 +10,22 @@ is not right is not timed: its `ratio` is null, `refused` says why, and the exit
 from __future__ import annotations
 
 import argparse
-import json
-import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from benchmarks import common
+from benchmarks.choosing import TIES, attend, choose_slowly, disagreement, share_of
+from benchmarks.first_calls import time_first_calls
+from benchmarks.goals import C1, C2, C4, C7, C8, C9, FIRST_LIMIT, SHARE_LIMIT, Goal
 from retrofit.bench.attention import Attention, Shape
 from retrofit.bench.lines import Line, time_routes
 from retrofit.bench.patterns import block_sparse_route, draw_block_mask, inward_route
 from retrofit.kernels import backends, select_blocks
-from retrofit.timing import Contender, Spread, load_average, race
+from retrofit.timing import Contender, Race, Spread, load_average, race
 
 SEQ_LEN = 8192
 HEADS = 2
@@ -36,51 +34,7 @@ KEEPS = (0.05, 0.1, 0.25, 0.5)
 GRID, WINDOW = (21, 24, 40), (21, 11, 17)
 BUDGET = 170.0  # seconds after which every case gets as few rounds as can be
 FIRST_CALLS = 3  # fresh processes
-TIES = 1e-3  # fraction of the blocks that rounding may exchange for others of equal score
-CHILD = """
-import json, time, torch
-torch.set_num_threads(1)
-from retrofit.kernels import block_sparse_attention, neighborhood_attention
-q = torch.randn(1, 1, 8192, 64)
-mask = torch.rand(1, 1, 64, 64).argsort(-1) < 6
-took = {}
-for name, call in {
-    "block-sparse": lambda: block_sparse_attention(q, q, q, mask, block_size=(128, 128)),
-    "windows": lambda: neighborhood_attention(q, q, q, grid=(2, 64, 64), window_size=(2, 11, 11)),
-}.items():
-    start = time.perf_counter()
-    call()
-    took[name] = time.perf_counter() - start
-print(json.dumps(took))
-"""
 
-
-@dataclass(frozen=True, kw_only=True)
-class Goal:
-    """A row of the table of goals.
-
-    Attributes:
-        name: C1, ...
-        must: Least ratio with which a release is made.
-        target: Ratio that is planned for.
-    """
-
-    name: str
-    must: float
-    target: float
-
-
-C1 = Goal(name="C1", must=1.3, target=1.8)
-C2 = Goal(name="C2", must=2.2, target=3.2)
-C4 = {
-    torch.float32: Goal(name="C4", must=1.8, target=2.3),
-    torch.bfloat16: Goal(name="C4", must=3.0, target=4.2),
-}
-C7 = Goal(name="C7", must=3.0, target=5.0)
-SHARE_LIMIT, SHARE_TARGET = 0.05, 0.03
-C8 = Goal(name="C8", must=1.0, target=SHARE_LIMIT / SHARE_TARGET)
-FIRST_LIMIT, FIRST_TARGET = 3.0, 1.5  # seconds
-C9 = Goal(name="C9", must=1.0, target=FIRST_LIMIT / FIRST_TARGET)
 
 Measured = Iterator[dict[str, Any]]
 
@@ -145,50 +99,14 @@ class Quick:
             Shape(heads=HEADS, seq_len=SEQ_LEN, dtype=dtype), generator=self.generator
         )
         block_size, keep = (128, 64), 0.1
-        query, key = attention.query, attention.key
-
-        def choose() -> torch.Tensor:
-            return select_blocks(query, key, block_size=block_size, keep=keep)
-
-        mask = choose()
-        route = block_sparse_route(attention, mask, block_size)
-        expected = choose_slowly(query, key, block_size, keep)
-        contenders = [
-            Contender(
-                name="choose",
-                run=choose,
-                error=lambda made: disagreement(made, expected),
-                tolerance=TIES,
-            ),
-            Contender(
-                name="attend",
-                run=route.run,
-                error=attention.rows.error_against(route.expected),
-                tolerance=4e-3,
-            ),
-        ]
+        contenders = _choose_and_attend(attention, block_size, keep)
         result = race(contenders, rounds=self.rounds or 15, stop_at=self.stop_at)
         base = self._base(C8, f"{_name(dtype)} 128x64 N={SEQ_LEN} keep={keep}")
         if result.refused:
             reasons = "; ".join(f"{name}: {why}" for name, why in result.refused.items())
             yield {**base, "ratio": None, "refused": reasons}
-            return
-        pairs = zip(result.seconds["choose"], result.seconds["attend"], strict=True)
-        shares = Spread(values=tuple(a / (a + b) for a, b in pairs))
-        yield {
-            **base,
-            "ratio": SHARE_LIMIT / shares.median,
-            "min": SHARE_LIMIT / max(shares.values),
-            "max": SHARE_LIMIT / min(shares.values),
-            "share": shares.median,
-            "share_limit": SHARE_LIMIT,
-            "seconds": Spread(values=result.seconds["choose"]).median,
-            "attend_seconds": Spread(values=result.seconds["attend"]).median,
-            "rounds": result.rounds,
-            "noisy": result.is_noisy("attend"),
-            "error": result.errors["choose"],
-            **attention.shape.to_dict(),
-        }
+        else:
+            yield {**base, **_share(result), **attention.shape.to_dict()}
 
     def first_call(self) -> Measured:
         """C9: the first call in a fresh process, compiled anew or loaded from the cache."""
@@ -241,37 +159,42 @@ class Quick:
         return data
 
 
-def choose_slowly(
-    query: torch.Tensor, key: torch.Tensor, block_size: tuple[int, int], keep: float
-) -> torch.Tensor:
-    """The same choice in float64, by sorting: bool `[B, H, n_q, n_k]`."""
-    pooled = [
-        x.double().unflatten(2, (-1, block)).mean(3)
-        for x, block in zip((query, key), block_size, strict=True)
+def _choose_and_attend(
+    attention: Attention, block_size: tuple[int, int], keep: float
+) -> list[Contender]:
+    """The choice of blocks, and attention to those blocks."""
+    query, key = attention.query, attention.key
+
+    def choose() -> torch.Tensor:
+        return select_blocks(query, key, block_size=block_size, keep=keep)
+
+    expected = choose_slowly(query, key, block_size, keep)
+    return [
+        Contender(
+            name="choose",
+            run=choose,
+            error=lambda made: disagreement(made, expected),
+            tolerance=TIES,
+        ),
+        attend(attention, choose(), block_size),
     ]
-    scores = pooled[0] @ pooled[1].transpose(-1, -2)
-    count = max(1, int(scores.shape[-1] * keep))
-    chosen = scores.topk(count, dim=-1).indices
-    return torch.zeros_like(scores, dtype=torch.bool).scatter_(-1, chosen, True)
 
 
-def disagreement(made: torch.Tensor, expected: torch.Tensor) -> float:
-    """Fraction of the blocks that differ."""
-    return float((made != expected).double().mean())
-
-
-def time_first_calls(cache: str) -> dict[str, float]:
-    """Seconds of each operator's first call in a fresh process with this cache."""
-    environment = {
-        **os.environ,
-        "XDG_CACHE_HOME": cache,
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+def _share(result: Race) -> dict[str, Any]:
+    """How much of both together the choice is, against the limit."""
+    shares = share_of(result, "choose")
+    return {
+        "ratio": SHARE_LIMIT / shares.median,
+        "min": SHARE_LIMIT / max(shares.values),
+        "max": SHARE_LIMIT / min(shares.values),
+        "share": shares.median,
+        "share_limit": SHARE_LIMIT,
+        "seconds": Spread(values=result.seconds["choose"]).median,
+        "attend_seconds": Spread(values=result.seconds["attend"]).median,
+        "rounds": result.rounds,
+        "noisy": result.is_noisy("attend"),
+        "error": result.errors["choose"],
     }
-    command = [sys.executable, "-P", "-c", CHILD]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=True)
-    took: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return took
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -10,27 +10,27 @@ Heads are independent of each other: fewer of them give the same ratios in less 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from benchmarks import common
 from retrofit.architectures.vggt import VGGT
 from retrofit.grid import TokenGrid
 from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
 from retrofit.patching import patch
 from retrofit.timing import Contender, Race, load_average, race
 
-Clock = Callable[[], float]
 KEEPS = (0.5, 0.25)
-CLOCKS: dict[str, Clock] = {"wall": time.perf_counter, "cpu": time.process_time}
 HEAD_DIM = 64
 SIZE = (37, 28)  # patches of 14 pixels: 518 x 392
 
 
-def attention(frames: int, heads: int, dtype: torch.dtype, rounds: int, clock: Clock) -> None:
+def attention(
+    frames: int, heads: int, dtype: torch.dtype, rounds: int, clock: common.Clock
+) -> None:
     """One global attention call, dense, sparse, and the choice of blocks alone."""
     height, width = SIZE
     grid = TokenGrid(frames=frames, height=height, width=width, num_frame_prefix_tokens=5)
@@ -60,7 +60,7 @@ def attention(frames: int, heads: int, dtype: torch.dtype, rounds: int, clock: C
 
 
 def forward(
-    frames: int, layers: int, dtype: torch.dtype, rounds: int, clock: Clock, *, depth: bool
+    frames: int, layers: int, dtype: torch.dtype, rounds: int, clock: common.Clock, *, depth: bool
 ) -> None:
     """A VGGT of 1B's widths with fewer layers, camera and depth head."""
     config: dict[str, Any] = {
@@ -99,7 +99,7 @@ def _show(found: Race) -> None:
         print(f"  {name}: {min(seconds):.3f} s at best, {spread}{share}", flush=True)
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> int:
     """Read the command line and measure."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--frames", type=int, nargs="+", default=[8, 16])
@@ -112,17 +112,11 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument(
-        "--clock",
-        default="wall",
-        choices=CLOCKS,
-        help="cpu: seconds of this process, for machines that others stop; with one thread",
-    )
-    arguments = parser.parse_args()
+    common.add_clock(parser)
+    arguments = parser.parse_args(given)
     torch.set_num_threads(arguments.threads)
-    dtype, clock = getattr(torch, arguments.dtype), CLOCKS[arguments.clock]
-    if arguments.clock == "cpu" and arguments.threads != 1:
-        parser.error("--clock cpu adds up the seconds of all threads. Take --threads 1.")
+    dtype = getattr(torch, arguments.dtype)
+    clock = common.read_clock(arguments.clock, arguments.threads)
     print(f"torch {torch.__version__}, {arguments.threads} threads, load {load_average()}")
     depth = not arguments.without_depth
     for frames in arguments.frames:
@@ -130,7 +124,8 @@ def main() -> None:
             forward(frames, arguments.layers, dtype, arguments.rounds, clock, depth=depth)
         else:
             attention(frames, arguments.heads, dtype, arguments.rounds, clock)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    common.run_main(main)

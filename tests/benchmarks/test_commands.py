@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from dataclasses import replace
 
 import pytest
@@ -13,6 +14,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks import (
     block_sparse,
     common,
+    flex,
     mask_cost,
     methods,
     models,
@@ -33,7 +35,7 @@ FLEX_WARNING = "ignore:flex_attention called without torch.compile"
 def unpinned(monkeypatch):
     """The process that runs the tests stays where it is, and flex is not compiled."""
     monkeypatch.setattr(common, "pin_to_one_core", lambda: 0)
-    monkeypatch.setattr(peers, "compiled_flex", lambda mode: flex_attention)
+    monkeypatch.setattr(flex, "compiled_flex", lambda mode: flex_attention)
 
 
 def lines_of(capsys):
@@ -52,7 +54,7 @@ def test_peers_get_the_same_lists(seq_len):
     lines = time_routes("case", attention, [ours, *others], rounds=1)
     assert [line.refused for line in lines] == [""] * 3
     # without its compiler FlexAttention ignores lists, so they are looked at themselves
-    assert torch.equal(peers.flex_lists(mask, (32, 32), seq_len).to_dense().bool(), mask)
+    assert torch.equal(flex.flex_lists(mask, (32, 32), seq_len).to_dense().bool(), mask)
 
 
 @pytest.mark.filterwarnings(FLEX_WARNING)
@@ -219,3 +221,10 @@ def test_wrong_options_are_one_line(main, arguments, message):
 def test_a_gpu_that_is_not_there_is_said():
     with pytest.raises(common.WrongOptionError, match="PyTorch sees no GPU"):
         block_sparse.main(["--device", "cuda"])
+
+
+def test_cpu_time_is_of_one_thread():
+    assert common.read_clock("cpu", 1) is time.process_time
+    assert common.read_clock("wall", 4) is time.perf_counter
+    with pytest.raises(common.WrongOptionError, match="seconds of all 4 threads. Take --threads 1"):
+        common.read_clock("cpu", 4)
