@@ -12,20 +12,20 @@ import argparse
 import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from benchmarks import common, models, quick, windows
+from benchmarks import common, planned, quick, windows
 from retrofit.bench.attention import Attention, Shape
 from retrofit.cost.network_plan import cost_of
 from retrofit.cost.rates import measure_rates
 from retrofit.cost.trace import Trace, tracing
 from retrofit.grid import TokenGrid
 from retrofit.methods.block_sparse import BlockSparseConfig
-from retrofit.patching import patch
 from retrofit.run_state import RunState
 from retrofit.sites import AttentionSite
 from retrofit.timing import Contender, Race, Spread, load_average, race
@@ -37,7 +37,7 @@ BLOCKS = "block-sparse"  # of benchmarks.quick's shape: choosing the blocks, and
 
 def presets() -> tuple[str, ...]:
     """Names of everything that can be predicted and measured."""
-    return (*windows.PRESETS, BLOCKS, *models.PRESETS)
+    return (*windows.PRESETS, BLOCKS, *planned.PRESETS)
 
 
 def predict(traces: dict[str, Trace]) -> dict[str, float]:
@@ -121,34 +121,34 @@ def _trace(run: Callable[[], Any]) -> Trace:
 
 
 def networks(name: str, dtype: torch.dtype, options: argparse.Namespace) -> Iterator[Any]:
-    """A preset of `benchmarks.models`, dense and with each of its patches."""
-    preset = models.PRESETS[name]
-    with torch.device("meta"):
-        empty = preset.build().eval().to(dtype)
-    inputs = {
-        key: value.to("meta") if isinstance(value, torch.Tensor) else value
-        for key, value in preset.inputs(dtype).items()
-    }
-    traces = {}
-    with tracing(empty) as traces["dense"]:
-        empty(**inputs)
-    for label, recipe in preset.variants.items():
-        with patch(empty, recipe) as handle:
-            handle.at_step(preset.step, models.STEPS)
-            with tracing(empty) as traces[label]:
-                empty(**inputs)
-    model = preset.build().eval().to(dtype)
-    real = preset.inputs(dtype)
+    """A preset of `benchmarks.planned`: time and peak memory, dense and patched."""
+    before = load_average()
+    folder = None if options.folder is None else options.folder / name
+    found = list(
+        planned.predict_and_measure(planned.PRESETS[name], dtype, options.rounds or ROUNDS, folder)
+    )
+    dense = found[0]
+    for line in found:
+        speeds = [dense[key] / line[key] for key in ("predicted_seconds", "measured_seconds")]
+        yield {
+            "preset": name,
+            "dtype": str(dtype).removeprefix("torch."),
+            **line,
+            **_compare(line["predicted_seconds"], line["measured_seconds"]),
+            "memory": _compare(line["predicted_peak_bytes"], line["measured_peak_bytes"]),
+            "predicted_speed": speeds[0],
+            "measured_speed": speeds[1],
+            "load": [before, load_average()],
+            "rounds": options.rounds or ROUNDS,
+        }
 
-    def run(label: str) -> Any:
-        if label == "dense":
-            return model(**real)
-        with patch(model, preset.variants[label]) as handle:
-            handle.at_step(preset.step, models.STEPS)
-            return model(**real)
 
-    runs = {label: (lambda label=label: run(label)) for label in traces}
-    yield from _lines(name, dtype, traces, runs, options)
+def _compare(predicted: float, measured: float | None) -> dict[str, Any]:
+    """By how much a prediction is off."""
+    if not measured:
+        return {"off": None, "is_close": True}
+    off = predicted / measured - 1
+    return {"off": off, "is_close": abs(off) <= CLOSE}
 
 
 def _lines(
@@ -171,8 +171,7 @@ def _lines(
             "dtype": str(dtype).removeprefix("torch."),
             "predicted_seconds": predicted[name],
             "measured_seconds": measured,
-            "off": predicted[name] / measured - 1,
-            "is_close": abs(predicted[name] / measured - 1) <= CLOSE,
+            **_compare(predicted[name], measured),
             "predicted_speed": predicted["dense"] / predicted[name],
             "measured_speed": result.speed(name, "dense").median,
             "noisy": result.is_noisy("dense"),
@@ -191,20 +190,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     common.add_options(parser)
     parser.add_argument(
         "--preset",
-        default=",".join((*windows.PRESETS, BLOCKS, "sd15-512")),
+        default=",".join((*windows.PRESETS, BLOCKS, "minilm-512")),
         help=", ".join(presets()),
     )
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument(
+        "--folder", type=Path, help="where the networks' folders stay; thrown away by default"
+    )
     options = parser.parse_args(arguments)
     names = common.read_list("preset", options.preset, common.known(presets()))
     dtypes = common.read_list("dtype", options.dtype, common.read_dtype)
     machine = common.prepare(options)
     are_close = True
     for name in names:
-        measure = networks if name in models.PRESETS else operators
+        measure = networks if name in planned.PRESETS else operators
         for dtype in dtypes:
             for line in measure(name, dtype, options):
                 are_close = are_close and line["is_close"]
+                are_close = are_close and line.get("memory", line)["is_close"]
                 if options.json:
                     common.emit({**line, **machine.to_dict()})
                 else:
@@ -213,13 +216,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _as_text(line: dict[str, Any]) -> str:
-    return (
-        f"{line['preset']:<16} {line['case']:<22} {line['dtype']:<9} "
-        f"predicted {line['predicted_seconds']:8.3f} s, measured {line['measured_seconds']:8.3f} s "
+    text = (
+        f"{line['preset']:<12} {line['case']:<18} {line['dtype']:<8} "
+        f"predicted {line['predicted_seconds']:7.3f} s, measured {line['measured_seconds']:7.3f} s "
         f"({line['off']:+.0%}); speed {line['predicted_speed']:.2f}x, "
-        f"{line['measured_speed']:.2f}x; load {line['load'][1]}"
-        f"{', noisy' if line['noisy'] else ''}{'' if line['is_close'] else '  OFF'}"
+        f"{line['measured_speed']:.2f}x; "
     )
+    if line.get("measured_peak_bytes"):
+        sizes = (line[f"{key}_peak_bytes"] / 1e6 for key in ("predicted", "measured"))
+        text += "memory {:.1f} MB, {:.1f} MB ({:+.0%}); ".format(*sizes, line["memory"]["off"])
+    is_close = line["is_close"] and line.get("memory", line)["is_close"]
+    noisy = ", noisy" if line.get("noisy") else ""
+    return f"{text}load {line['load'][1]}{noisy}{'' if is_close else '  OFF'}"
 
 
 if __name__ == "__main__":

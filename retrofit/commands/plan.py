@@ -27,7 +27,8 @@ KIND_NAMES = {
     "sparse": "sparse attention",
     "product": "matrix products",
     "convolution": "convolutions",
-    "memory": "everything else",
+    "memory": "moving memory",
+    "calls": "Python between them",
 }
 
 
@@ -139,6 +140,8 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
     rows += [
         ("predicted time", *(_seconds(cost.total) for cost in columns)),
         ("peak memory", *(format_bytes(cost.peak_bytes) for cost in columns)),
+        ("  weights", *(format_bytes(cost.weight_bytes) for cost in columns)),
+        ("  in a call", *(format_bytes(cost.call_bytes) for cost in columns)),
         ("work", *(f"{cost.flops / 1e12:.3g} TFLOP" for cost in columns)),
     ]
     print_table(("", "dense", plan.recipe.method.name), rows)
@@ -147,7 +150,8 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
         print_lines(f"at {tokens:>8} tokens: {speed:5.2f}x{here}")
     print_lines("", verdict(network, plan.recipe.method.name))
     print_lines(
-        "memory is weights and activations; the libraries of a process come on top. "
+        "memory is the weights and what a call makes resident beside them and its input; the "
+        "libraries of a process come on top. "
         f"Measured for {plan.rates.seconds:.0f} s; load {machine['load']}."
     )
 
@@ -210,4 +214,6 @@ def _cost_json(cost: Cost) -> dict[str, Any]:
         "parts": dict(cost.seconds),
         "flops": cost.flops,
         "peak_bytes": cost.peak_bytes,
+        "weight_bytes": cost.weight_bytes,
+        "call_bytes": cost.call_bytes,
     }

@@ -6,13 +6,15 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from retrofit.cost.heap import is_simulated, resident_peak
 from retrofit.cost.rates import Rates
 from retrofit.cost.trace import Trace
 from retrofit.families.examples import InputSize
 
 HELPS = 1.05  # predicted speed from which patching is said to help
 HARMS = 0.95
-KINDS = ("attention", "sparse", "product", "convolution", "memory")
+CALLS = "calls"
+KINDS = ("attention", "sparse", "product", "convolution", "memory", CALLS)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,19 +23,26 @@ class Cost:
 
     Attributes:
         seconds: By kind of operation: dense `attention`, `sparse` operators, `product`,
-            `convolution`, and `memory` for what only moves it.
+            `convolution`, `memory` for what only moves it, and `calls` for what passes in Python.
         flops: Of the call.
-        peak_bytes: Weights and what is held beside them, at the worst moment.
+        weight_bytes: Of parameters and buffers.
+        call_bytes: Resident beside them and beside the inputs, at the worst moment of the call.
     """
 
     seconds: Mapping[str, float]
     flops: float
-    peak_bytes: float
+    weight_bytes: float
+    call_bytes: float
 
     @property
     def total(self) -> float:
         """Seconds of the call."""
         return sum(self.seconds.values())
+
+    @property
+    def peak_bytes(self) -> float:
+        """Weights and what is held beside them, at the worst moment."""
+        return self.weight_bytes + self.call_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,15 +105,30 @@ def cost_of(traces: Sequence[tuple[Trace, int]], rates: Rates) -> Cost:
         rates: Of this machine.
     """
     weight = sum(n for _, n in traces)
+    return Cost(
+        seconds=seconds_of(traces, rates),
+        flops=sum(trace.flops * n for trace, n in traces) / weight,
+        weight_bytes=max(trace.weight_bytes for trace, _ in traces),
+        call_bytes=max(_call_bytes(trace, rates) for trace, _ in traces),
+    )
+
+
+def seconds_of(traces: Sequence[tuple[Trace, int]], rates: Rates) -> dict[str, float]:
+    """Mean predicted seconds of calls, by kind of operation."""
+    weight = sum(n for _, n in traces)
     seconds = dict.fromkeys(KINDS, 0.0)
     for trace, n in traces:
+        seconds[CALLS] += n * rates.time_of_calling(trace) / weight
         for operation, times in trace.counts.items():
             seconds[operation.kind] += n * times * rates.time_of(operation) / weight
-    return Cost(
-        seconds=seconds,
-        flops=sum(trace.flops * n for trace, n in traces) / weight,
-        peak_bytes=max(trace.peak_bytes for trace, _ in traces),
-    )
+    return seconds
+
+
+def _call_bytes(trace: Trace, rates: Rates) -> float:
+    """What a call holds, and on a CPU what its process keeps of what it held."""
+    if rates.device.startswith("cpu") and is_simulated():
+        return resident_peak(trace.events)
+    return trace.peak_bytes - trace.weight_bytes
 
 
 def verdict(plan: NetworkPlan, method: str) -> str:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from retrofit.checkpoint import Checkpoint
-from retrofit.checkpoint.opening import build_networks, check_weights
-from retrofit.cost.network_plan import NetworkPlan, cost_of
+from retrofit.checkpoint.opening import build_networks, check_weights, dtype_to_run
+from retrofit.cost.dtypes import set_dtype
+from retrofit.cost.network_plan import NetworkPlan, cost_of, seconds_of
 from retrofit.cost.rates import Rates, measure_rates
 from retrofit.cost.sizes import AtSize, trace_sizes
 from retrofit.errors import CheckpointError, InputError
@@ -57,7 +58,8 @@ class Request:
         asked: Size of the input.
         steps: Denoising steps of a run.
         device: Where it would run.
-        dtype: Of the weights; None takes the checkpoint's own, float32 if it has none.
+        dtype: Of the weights; None takes what the checkpoint's own would be run in, float32 if it
+            has none.
         trust_remote_code: Whether code that comes with the checkpoint may run.
     """
 
@@ -95,9 +97,10 @@ def plan_checkpoint(
         checkpoint, request.asked, components=components, trust_remote_code=trusted
     )
     networks = find_networks(target, components)
-    dtype = _dtype_of(checkpoint, networks, request.dtype)
+    dtype = _dtype_of(checkpoint, networks, request)
+    request = replace(request, dtype=str(dtype).removeprefix("torch."))
     for network in networks:
-        network.module.to(dtype)
+        set_dtype(network.module, dtype)
     say("counting", 0, 1)
     traced = [
         trace_sizes(target, network, report, request)
@@ -125,7 +128,7 @@ def plan_checkpoint(
         report=report,
         steps=request.steps if any(n.family.denoises for n in networks) else 1,
         device=request.device,
-        dtype=str(dtype).removeprefix("torch."),
+        dtype=str(request.dtype),
         rates=rates,
     )
 
@@ -135,19 +138,21 @@ def _say_nothing(what: str, done: int, total: int) -> None:
 
 
 def _dtype_of(
-    checkpoint: Checkpoint, networks: Sequence[FoundNetwork], asked: str | None
+    checkpoint: Checkpoint, networks: Sequence[FoundNetwork], request: Request
 ) -> torch.dtype:
-    """As asked, or that of the weights, or float32."""
-    name = asked
+    """As asked, or what the weights are run in, or float32."""
+    name = request.dtype
     if name is None:
+        components = [network.component for network in networks]
         try:
-            found = check_weights(checkpoint, [network.component for network in networks])
-            name = next((weights.dtype for weights in found.values()), None)
+            found = check_weights(checkpoint, components)
+            name = dtype_to_run(checkpoint, request.device, None, components)
+            name = name or next((weights.dtype for weights in found.values()), None)
         except CheckpointError:
             name = None
     dtype = getattr(torch, str(name or "float32").removeprefix("torch."), None)
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
-        raise InputError(f"--dtype {asked}: expected float32, bfloat16 or float16.")
+        raise InputError(f"--dtype {name}: expected float32, bfloat16 or float16.")
     return dtype
 
 
@@ -163,8 +168,8 @@ def _plan(
         dense=cost_of([(here.dense, 1)], rates),
         patched=cost_of(here.patched, rates),
         elsewhere={
-            other.tokens: cost_of([(other.dense, 1)], rates).total
-            / cost_of(other.patched, rates).total
+            other.tokens: sum(seconds_of([(other.dense, 1)], rates).values())
+            / sum(seconds_of(other.patched, rates).values())
             for other in others
         },
     )

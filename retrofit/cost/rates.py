@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from retrofit.cost.examples import Pool, cut
+from retrofit.cost.python_cost import PythonCost, measure_python
 from retrofit.cost.trace import Example, Operation, Trace
 
 SECONDS_EACH = 0.015  # for which an example is repeated in a pass, at least twice
@@ -29,23 +30,22 @@ class Rates:
     Attributes:
         points: By family `(amount, seconds)` of what was measured, smallest first. An amount is
             in FLOP, in bytes for what only moves memory.
-        overhead: Seconds that any operation takes beside its work.
+        python: What calling operations takes beside their work.
         per_byte: Of an operation that only moves memory; nothing is faster.
+        device: Where it was measured.
         unmeasured: Families taken from others, with the reason.
         seconds: That measuring took.
     """
 
     points: dict[tuple[Any, ...], list[tuple[float, float]]] = field(default_factory=dict)
-    overhead: float = 0.0
+    python: PythonCost = field(default_factory=PythonCost)
     per_byte: float = 0.0
+    device: str = "cpu"
     unmeasured: dict[tuple[Any, ...], str] = field(default_factory=dict)
     seconds: float = 0.0
 
     def time_of(self, operation: Operation) -> float:
-        """Predicted seconds of one execution."""
-        return self.overhead + self._work(operation)
-
-    def _work(self, operation: Operation) -> float:
+        """Predicted seconds of one execution, without what calling it takes."""
         family = operation.family
         if not operation.amount:
             return 0.0
@@ -60,6 +60,11 @@ class Rates:
         if operation.flops and near:
             return statistics.median(self._interpolate(self.points[f], operation) for f in near)
         return operation.num_bytes * self.per_byte
+
+    def time_of_calling(self, trace: Trace) -> float:
+        """Predicted seconds of a call that pass outside operations."""
+        sites = sum(n for operation, n in trace.counts.items() if operation.kind == "sparse")
+        return trace.operators * self.python.per_operator + sites * self.python.per_site
 
     def _interpolate(self, points: list[tuple[float, float]], operation: Operation) -> float:
         """Between two measurements on a line, past the largest in proportion.
@@ -94,10 +99,11 @@ def measure_rates(
     """
     traces = list(traces)
     start = time.perf_counter()
-    rates = Rates()
+    rates = Rates(device=device)
     pool = Pool(device, max((trace.weight_bytes for trace in traces), default=0))
     with torch.no_grad():
-        rates.overhead, rates.per_byte = _measure_memory(device)
+        rates.python = measure_python(lambda run: _time(lambda: run, "cpu"))
+        overhead, rates.per_byte = _measure_memory(device)
         wanted = _choose_examples(traces, rates)
         taken: dict[tuple[tuple[Any, ...], float], float] = {}
         for i in range(PASSES * len(wanted)):
@@ -108,7 +114,7 @@ def measure_rates(
                 continue
             try:
                 is_first = i < len(wanted)
-                seconds = _measure_example(operation, example, pool, rates.overhead, is_first)
+                seconds = _measure_example(operation, example, pool, overhead, is_first)
             except Exception as error:  # noqa: BLE001 - then its relatives stand for it
                 rates.unmeasured[operation.family] = f"{type(error).__name__}: {error}"
                 continue
@@ -142,15 +148,21 @@ def _choose_examples(
     return found
 
 
+def _clock(device: str) -> Callable[[], float]:
+    """A clock that other programs don't disturb, where there is one thread; else the wall's."""
+    alone = device.startswith("cpu") and torch.get_num_threads() == 1
+    return time.thread_time if alone else time.perf_counter
+
+
 def _measure_memory(device: str) -> tuple[float, float]:
     """Seconds of an operation that does nothing, and of one byte of an addition."""
     tiny = torch.ones(8, device=device)
-    module = torch.nn.Identity()
-    start = time.perf_counter()
+    clock = _clock(device)
+    start = clock()
     for _ in range(OVERHEAD_CALLS):
-        module(tiny).add(1)
+        tiny.add(1)
     _finish(device)
-    overhead = (time.perf_counter() - start) / OVERHEAD_CALLS
+    overhead = (clock() - start) / OVERHEAD_CALLS
     x = torch.ones(BANDWIDTH_ELEMENTS, device=device)
     taken = _time(lambda: lambda: x + x, device)
     return overhead, taken / (3 * x.numel() * x.element_size())
@@ -166,7 +178,7 @@ def _measure_example(
         now = pool.renew(operation, example, filled)
         return lambda: now.function(*now.args, **now.kwargs)
 
-    return max(_time(prepare, pool.device, warm_up=is_first) - overhead / 2, 1e-9)
+    return max(_time(prepare, pool.device, warm_up=is_first) - overhead, 1e-9)
 
 
 def _time(prepare: Callable[[], Callable[[], Any]], device: str, *, warm_up: bool = True) -> float:
@@ -174,13 +186,14 @@ def _time(prepare: Callable[[], Callable[[], Any]], device: str, *, warm_up: boo
     if warm_up:
         prepare()()
         _finish(device)
+    clock = _clock(device)
     taken: list[float] = []
     while len(taken) < 2 or (sum(taken) < SECONDS_EACH and len(taken) < 50):
         run = prepare()
-        start = time.perf_counter()
+        start = clock()
         run()
         _finish(device)
-        taken.append(time.perf_counter() - start)
+        taken.append(clock() - start)
         if taken[0] > SLOW:
             break
     return statistics.median(taken)

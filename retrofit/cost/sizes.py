@@ -86,7 +86,7 @@ def _trace_size(
     if examples is None:
         raise InputError(f"{network.where('')}: family {network.family.name} has no inputs.")
     drawn = examples.make(network.module, size, torch.Generator().manual_seed(0))
-    dtype = next(network.module.parameters()).dtype
+    dtype = getattr(torch, request.dtype or "float32")
     inputs = {name: _on_meta(value, dtype) for name, value in drawn.items()}
     with tracing(network.module) as dense:
         network.module(**inputs)

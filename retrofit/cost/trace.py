@@ -5,6 +5,7 @@ The network runs on the meta device, where nothing is computed or allocated.
 
 from __future__ import annotations
 
+import itertools
 import math
 import weakref
 from collections import Counter
@@ -20,6 +21,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_flatten, tree_map
 from torch.utils.flop_counter import flop_registry
+
+from retrofit.cost.heap import Event
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
 OURS = ("block_sparse_attention", "grid_window")
@@ -84,14 +87,18 @@ class Trace:
     Attributes:
         counts: How often each operation ran.
         examples: For each family and point, arguments of its largest operation.
+        operators: How many were called, views included.
         weight_bytes: Of parameters and buffers.
         peak_bytes: Most memory held at once, weights included.
+        events: What the call allocated and freed, weights left out.
     """
 
     counts: Counter[Operation] = field(default_factory=Counter)
     examples: dict[tuple[Any, ...], tuple[Operation, Example]] = field(default_factory=dict)
+    operators: int = 0
     weight_bytes: int = 0
     peak_bytes: int = 0
+    events: list[Event] = field(default_factory=list)
 
     @property
     def flops(self) -> float:
@@ -123,6 +130,7 @@ def tracing(weights: torch.nn.Module) -> Iterator[Trace]:
     for tensor in (*weights.parameters(), *weights.buffers()):
         memory.hold(tensor)
     trace.weight_bytes = memory.now
+    memory.events = trace.events
     with torch.no_grad(), torch.device("meta"), _Operations(trace, memory), _Attention(trace):
         yield trace
     trace.peak_bytes = memory.peak
@@ -132,7 +140,9 @@ class _Memory:
     """Bytes of the storages that are alive."""
 
     def __init__(self) -> None:
-        self.known: set[int] = set()
+        self.known: dict[int, int] = {}
+        self.events: list[Event] | None = None
+        self.numbers = itertools.count()
         self.now = 0
         self.peak = 0
 
@@ -141,15 +151,19 @@ class _Memory:
         key = id(storage)
         if key in self.known:
             return
-        self.known.add(key)
         size = storage.nbytes()
+        number = self.known[key] = next(self.numbers)
+        if self.events is not None and size:
+            self.events.append((number, size))
         self.now += size
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
+        number = self.known.pop(key)
         self.now -= size
+        if self.events is not None:
+            self.events.append((number, 0))
 
 
 class _Attention(TorchFunctionMode):
@@ -171,6 +185,7 @@ class _Attention(TorchFunctionMode):
         )
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         operation = attention_operation(query, key, value, masked=mask is not None)
+        self.trace.operators += 1
         if operation.flops:
             self.trace.add(operation, Example(scaled_dot_product_attention, args, kwargs))
         return query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -205,6 +220,7 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
+        self.trace.operators += 1
         out = func(*args, **kwargs)
         outputs = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
         for tensor in outputs:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import time
@@ -19,6 +20,7 @@ from benchmarks import (
     methods,
     models,
     peers,
+    planned,
     prediction,
     quick,
     windows,
@@ -26,6 +28,7 @@ from benchmarks import (
 from retrofit.bench.attention import Attention, Route, Shape
 from retrofit.bench.lines import time_routes
 from retrofit.bench.patterns import block_sparse_route, draw_block_mask, inward_route
+from retrofit.inspection import AskedSize
 from tests import tiny_models
 
 FLEX_WARNING = "ignore:flex_attention called without torch.compile"
@@ -182,7 +185,12 @@ def test_whole_networks_are_timed_dense_and_patched(capsys, monkeypatch):
 def test_predictions_are_compared_with_measurements(capsys, monkeypatch):
     small = replace(windows.PRESETS["t3-small"], grid=(4, 8, 8), heads=1)
     monkeypatch.setattr(windows, "PRESETS", {"t3-small": small})
-    monkeypatch.setattr(models, "PRESETS", {"tiny": tiny_preset()})
+    tiny = planned.Planned(
+        build=functools.partial(tiny_models.make_bert, 0),
+        asked=AskedSize(tokens=48),
+        variants={"half": ("window", {"keep": 0.5})},
+    )
+    monkeypatch.setattr(planned, "PRESETS", {"tiny": tiny})
     monkeypatch.setattr(quick, "SEQ_LEN", 1024)
     monkeypatch.setattr(quick, "KEEPS", (0.25,))
     presets = "t3-small,block-sparse,tiny"
@@ -195,7 +203,9 @@ def test_predictions_are_compared_with_measurements(capsys, monkeypatch):
         off = line["predicted_seconds"] / line["measured_seconds"] - 1
         assert line["off"] == pytest.approx(off)
         assert line["is_close"] == (abs(off) <= 0.25)
-    assert code == (0 if all(line["is_close"] for line in lines) else 1)
+    checked = [*lines, *(line["memory"] for line in lines[-2:])]
+    assert code == (0 if all(line["is_close"] for line in checked) else 1)
+    assert all(line["predicted_peak_bytes"] > 0 for line in lines[-2:])
 
 
 @pytest.mark.parametrize(

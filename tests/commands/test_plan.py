@@ -8,15 +8,20 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from retrofit.checkpoint import find_checkpoint
+from retrofit.checkpoint.opening import build_networks, load_networks
 from retrofit.cost import sizes
+from retrofit.cost.dtypes import set_dtype
 from retrofit.cost.examples import Pool, cut
 from retrofit.cost.network_plan import KINDS, Cost, NetworkPlan, cost_of, verdict
 from retrofit.cost.plan import Request, plan_checkpoint
+from retrofit.cost.python_cost import PythonCost
 from retrofit.cost.rates import Rates, measure_rates
 from retrofit.cost.trace import Trace, tracing
 from retrofit.families.examples import InputSize
 from retrofit.inspection import AskedSize
 from retrofit.kernels import block_sparse_attention, neighborhood_attention, window_attention
+from tests import tiny_models
+from tests.architectures.small_networks import small_vggt
 
 TOKENS = 96
 
@@ -26,7 +31,10 @@ def seconds(**more):
 
 
 def network_plan(dense, patched, elsewhere=None):
-    costs = [Cost(seconds=seconds(**c), flops=1.0, peak_bytes=1.0) for c in (dense, patched)]
+    costs = [
+        Cost(seconds=seconds(**c), flops=1.0, weight_bytes=1.0, call_bytes=1.0)
+        for c in (dense, patched)
+    ]
     return NetworkPlan(
         name="",
         family="encoder",
@@ -130,13 +138,14 @@ def test_what_a_layer_lets_go_is_not_counted_in_the_next():
 
 def test_predicted_time_is_amount_times_rate():
     trace = trace_of(lambda: (torch.mm(meta(4, 5), meta(5, 6)), meta(100) + 1))
-    rates = Rates(overhead=0.5)
+    rates = Rates(python=PythonCost(per_operator=0.5, per_site=7.0))
     for operation in trace.counts:
         rate = 2.0 if operation.kind == "product" else 3.0
         rates.points[operation.family] = [(7.0, 7.0 * rate)]
     cost = cost_of([(trace, 1)], rates)
-    assert cost.seconds["product"] == pytest.approx(0.5 + 2.0 * 2 * 4 * 5 * 6)
-    assert cost.seconds["memory"] == pytest.approx(0.5 + 3.0 * 800)
+    assert cost.seconds["product"] == pytest.approx(2.0 * 2 * 4 * 5 * 6)
+    assert cost.seconds["memory"] == pytest.approx(3.0 * 800)
+    assert cost.seconds["calls"] == pytest.approx(0.5 * trace.operators)
     assert cost.total == pytest.approx(sum(cost.seconds.values()))
 
 
@@ -214,8 +223,6 @@ def test_examples_too_large_to_measure_are_cut(run):
 
 
 def test_every_family_is_measured(encoder):
-    from retrofit.checkpoint.opening import build_networks
-
     model = build_networks(find_checkpoint(encoder))
     ids = torch.ones(1, TOKENS, dtype=torch.int64, device="meta")
     with tracing(model) as trace:
@@ -321,8 +328,32 @@ def test_wrong_input_is_one_line(run_command, encoder, arguments, message):
 def test_an_operation_on_nothing_costs_its_call():
     trace = trace_of(lambda: meta(0, 3) + 1)
     rates = measure_rates([trace], "cpu")
-    assert rates.time_of(next(iter(trace.counts))) == rates.overhead
+    assert rates.time_of(next(iter(trace.counts))) == 0
+    assert rates.time_of_calling(trace) > 0
 
 
 def test_an_empty_trace_costs_nothing():
     assert cost_of([(Trace(), 1)], Rates()).total == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "make", [tiny_models.make_wan, small_vggt, tiny_models.make_bert], ids=["wan", "vggt", "bert"]
+)
+def test_dtypes_are_those_of_the_loaded_network(make, dtype, tmp_path):
+    make().save_pretrained(tmp_path)
+    checkpoint = find_checkpoint(tmp_path)
+    name = str(dtype).removeprefix("torch.")
+    loaded = load_networks(checkpoint, [""], device="cpu", dtype=name)
+    built = build_networks(checkpoint)
+    set_dtype(built, dtype)
+    for listed in (nn.Module.named_parameters, nn.Module.named_buffers):
+        assert [(k, v.dtype) for k, v in listed(built)] == [(k, v.dtype) for k, v in listed(loaded)]
+
+
+def test_half_precision_on_a_cpu_is_planned_as_it_is_run(run_command, tmp_path):
+    tiny_models.make_bert(0).half().save_pretrained(tmp_path)
+    size = ("--tokens", 48, "--device", "cpu")
+    answer = run_command("plan", tmp_path, "-m", "window", *size, "--json")
+    assert answer.code == 0, answer.err
+    assert answer.json["machine"]["dtype"] == "float32"

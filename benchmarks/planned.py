@@ -1,0 +1,262 @@
+"""Checkpoint folders with random weights, planned as a user would and then run.
+
+A folder is written, `retrofit plan`'s own function predicts from its config, and the network that
+`load_networks` gives is called, dense and patched. Time is the process's CPU time, which other
+programs disturb least. Peak memory is the largest resident size in a call less the resident size
+before it, with libraries loaded by an earlier call and freed memory given back to the system.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import models
+from retrofit.checkpoint import find_checkpoint
+from retrofit.checkpoint.opening import load_networks
+from retrofit.cost.plan import Plan, Request, plan_checkpoint
+from retrofit.inspection import AskedSize
+from retrofit.networks import find_networks
+from retrofit.patching import patch
+from retrofit.timing import Spread
+
+DENSE = "dense"
+PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A checkpoint, the size it is asked for, and what is patched.
+
+    Attributes:
+        build: Gives the network, random weights, with `save_pretrained`.
+        asked: As on the command line.
+        variants: By label, a method and the settings that replace its own.
+    """
+
+    build: Callable[[], Any]
+    asked: AskedSize
+    variants: Mapping[str, tuple[str, Mapping[str, Any]]] = field(
+        default_factory=lambda: {"block-sparse": ("block-sparse", {})}
+    )
+
+
+def text_encoder() -> nn.Module:
+    """MiniLM-L6's shape: 23 million parameters."""
+    from transformers import BertConfig, BertModel
+
+    return BertModel(
+        BertConfig(
+            hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+        )
+    )
+
+
+def picture_encoder() -> nn.Module:
+    """ViT-B/16: 86 million parameters."""
+    from transformers import ViTConfig, ViTModel
+
+    return ViTModel(ViTConfig())
+
+
+def small_unet() -> nn.Module:
+    """A UNet of 13 MB in half precision, as `examples/shapes/model` has it."""
+    from diffusers import UNet2DConditionModel
+
+    folder = Path(__file__).parent.parent / "examples" / "shapes" / "model" / "unet"
+    return UNet2DConditionModel.from_pretrained(folder, torch_dtype=torch.float32)
+
+
+def view_transformer(layers: int) -> nn.Module:
+    """VGGT-1B's widths with fewer layers, camera and depth head."""
+    from retrofit.architectures.vggt import VGGT
+
+    taps = {"intermediate_layer_idx": [0, 0, layers - 1, layers - 1]}
+    config: dict[str, Any] = {
+        "aggregator": {"depth": layers},
+        "dino": {"depth": layers},
+        "camera_head": {"trunk_depth": 1},
+        "depth_head": taps,
+    }
+    return VGGT.from_config(config)
+
+
+WINDOWS = {"window": ("window", {"keep": 0.25}), "block-sparse": ("block-sparse", {"keep": 0.25})}
+VIDEO = {"freeswim": ("freeswim", {"dual_path": False, "window_size": (15, 27)}), "t3": ("t3", {})}
+
+PRESETS = {
+    "minilm-128": Planned(build=text_encoder, asked=AskedSize(tokens=128), variants=WINDOWS),
+    "minilm-512": Planned(build=text_encoder, asked=AskedSize(tokens=512), variants=WINDOWS),
+    "vit-224": Planned(
+        build=picture_encoder, asked=AskedSize(width=224, height=224), variants=WINDOWS
+    ),
+    "vit-512": Planned(
+        build=picture_encoder, asked=AskedSize(width=512, height=512), variants=WINDOWS
+    ),
+    "shapes-512": Planned(
+        build=small_unet,
+        asked=AskedSize(width=512, height=512),
+        variants={**WINDOWS, "hidiffusion": ("hidiffusion", {})},
+    ),
+    "sd15-256": Planned(
+        build=models.sd15_unet, asked=AskedSize(width=256, height=256), variants=WINDOWS
+    ),
+    "sd15-512": Planned(
+        build=models.sd15_unet, asked=AskedSize(width=512, height=512), variants=WINDOWS
+    ),
+    "wan-240p": Planned(
+        build=models.wan_block,
+        asked=AskedSize(width=416, height=240, frames=17),
+        variants={"window": ("window", {}), "t3": ("t3", {})},
+    ),
+    "wan-480p": Planned(
+        build=models.wan_block,
+        asked=AskedSize(width=832, height=480, frames=9),
+        variants=VIDEO,
+    ),
+    "vggt-2": Planned(
+        build=lambda: view_transformer(1), asked=AskedSize(width=518, height=392, frames=2)
+    ),
+    "vggt-4": Planned(
+        build=lambda: view_transformer(2), asked=AskedSize(width=518, height=392, frames=4)
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Call:
+    """What one call took.
+
+    Attributes:
+        seconds: Of CPU time.
+        peak_bytes: Above the memory resident before, None where the system does not say.
+    """
+
+    seconds: float
+    peak_bytes: int | None
+
+
+def predict_and_measure(
+    preset: Planned, dtype: torch.dtype, rounds: int, folder: Path | None = None
+) -> Iterator[dict[str, Any]]:
+    """A line for the dense network and one for each variant, predicted and measured."""
+    with tempfile.TemporaryDirectory() as temporary:
+        place = folder or Path(temporary)
+        if not (place / "config.json").exists():
+            torch.manual_seed(0)
+            preset.build().save_pretrained(place)
+        name = str(dtype).removeprefix("torch.")
+        plans = {
+            label: plan_checkpoint(
+                find_checkpoint(str(place), weights=False),
+                Request(what=method, parameters=settings, asked=preset.asked, steps=1, dtype=name),
+            )
+            for label, (method, settings) in preset.variants.items()
+        }
+        module = load_networks(find_checkpoint(str(place)), [""], device="cpu", dtype=name)
+        calls = _measure(module, preset, plans, dtype, rounds)
+    yield from _lines(plans, calls)
+
+
+def _measure(
+    module: nn.Module,
+    preset: Planned,
+    plans: Mapping[str, Plan],
+    dtype: torch.dtype,
+    rounds: int,
+) -> dict[str, list[Call]]:
+    """Calls by label, interleaved."""
+    (network,) = find_networks(module, ())
+    family = network.family
+    module = network.module
+    assert family.inputs is not None  # noqa: S101 - it was planned
+    size = next(iter(plans.values())).networks[0].size
+    generator = torch.Generator().manual_seed(0)
+    drawn = family.inputs.make(module, size, generator)
+    inputs = {
+        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in drawn.items()
+    }
+    calls: dict[str, list[Call]] = {label: [] for label in (DENSE, *preset.variants)}
+    with torch.no_grad():
+        for _ in range(rounds):
+            for label, done in calls.items():
+                with _patched(module, preset, label, denoises=family.denoises):
+                    module(**inputs)  # libraries and a patch prepare themselves
+                    done.append(measure_call(lambda: module(**inputs)))
+    return calls
+
+
+@contextmanager
+def _patched(module: nn.Module, preset: Planned, label: str, *, denoises: bool) -> Iterator[None]:
+    if label == DENSE:
+        with nullcontext():
+            yield
+        return
+    method, settings = preset.variants[label]
+    with patch(module, method, **settings) as handle:
+        if denoises:
+            handle.at_step(0, 1)
+        yield
+
+
+def _lines(plans: Mapping[str, Plan], calls: Mapping[str, list[Call]]) -> Iterator[dict[str, Any]]:
+    for label, done in calls.items():
+        plan = next(iter(plans.values())) if label == DENSE else plans[label]
+        network = plan.networks[0]
+        cost = network.dense if label == DENSE else network.patched
+        peaks = [call.peak_bytes for call in done if call.peak_bytes is not None]
+        yield {
+            "case": label,
+            "size": str(network.size),
+            "predicted_seconds": cost.total,
+            "measured_seconds": Spread(values=tuple(call.seconds for call in done)).median,
+            "predicted_peak_bytes": cost.call_bytes,
+            "measured_peak_bytes": Spread(values=tuple(map(float, peaks))).median
+            if peaks
+            else None,
+            "weight_bytes": cost.weight_bytes,
+            "parts": dict(cost.seconds),
+            "calibration_seconds": plan.rates.seconds,
+        }
+
+
+def measure_call(run: Callable[[], Any]) -> Call:
+    """Time of one call and peak of another."""
+    start = time.process_time()
+    output = run()
+    seconds = time.process_time() - start
+    del output
+    before = _restart_peak()
+    output = run()
+    peak = None if before is None else _status("VmHWM") - before
+    del output
+    return Call(seconds=seconds, peak_bytes=peak)
+
+
+def _restart_peak() -> int | None:
+    """Give freed memory back and forget the peak so far; resident bytes now, None off Linux."""
+    gc.collect()
+    if sys.platform != "linux":
+        return None
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _status("VmRSS")
+
+
+def _status(key: str) -> int:
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    line = next(line for line in text.splitlines() if line.startswith(f"{key}:"))
+    return int(line.split()[1]) * 1024
