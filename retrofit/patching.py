@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
@@ -12,20 +11,19 @@ from typing import Any
 from torch import nn
 
 from retrofit.errors import ConfigError, UnsupportedError
-from retrofit.handlers import AttendAtSite, GuardRoot, ReadGrid, SizeScope
+from retrofit.handlers import AttendAtSite, GuardRoot
+from retrofit.installing import install_network
 from retrofit.intercept import Handler, install, uninstall
 from retrofit.methods import METHODS, Method
-from retrofit.networks import FoundNetwork, find_networks, is_pipeline, module_of
+from retrofit.networks import FoundNetwork, find_networks, is_pipeline
 from retrofit.recipe import Recipe, default_recipe, with_parameters
 from retrofit.run_state import RunState
 from retrofit.selection import (
     SkippedSite,
     check_globs,
     choose_sites,
-    refuse_nested,
-    refuse_patched,
 )
-from retrofit.sites import AttentionSite, Network
+from retrofit.sites import Network
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +58,10 @@ class Patch:
         report: What matched, and what did not and why.
         state: Step, branch and derived integers; see `at_step`.
         sites: The handlers of the patched sites by path, with their counters.
+        networks: What was patched, with its description.
+        roots: What guards each of them.
+        modules: Those that carry a handler.
+        contexts: Networks whose `cache_context` is watched.
     """
 
     def __init__(self, recipe: Recipe) -> None:
@@ -72,13 +74,13 @@ class Patch:
         )
         self.networks: list[tuple[FoundNetwork, Network]] = []
         self.roots: list[GuardRoot] = []
-        self._modules: list[nn.Module] = []
-        self._contexts: list[nn.Module] = []
+        self.modules: list[nn.Module] = []
+        self.contexts: list[nn.Module] = []
 
     def __repr__(self) -> str:
         """`<Patch block-sparse: patched 6 of 6 attention sites of BertModel>`."""
         models = ", ".join(type(network.module).__name__ for network, _ in self.networks)
-        removed = "" if self._modules else ", removed"
+        removed = "" if self.modules else ", removed"
         return f"<Patch {self.report} of {models or 'nothing'}{removed}>"
 
     def at_step(self, step: int, num_steps: int, branch: str = "cond") -> None:
@@ -110,14 +112,14 @@ class Patch:
 
     def remove(self) -> None:
         """Undo everything; the model is bit for bit what it was. Doing it twice is harmless."""
-        for module in self._modules:
+        for module in self.modules:
             uninstall(module)
-        for module in self._contexts:
+        for module in self.contexts:
             module.__dict__.pop("cache_context", None)
         self.state.detach()
         self.state.end()
-        self._modules.clear()
-        self._contexts.clear()
+        self.modules.clear()
+        self.contexts.clear()
 
     def __enter__(self) -> Patch:
         """Use as `with retrofit.patch(...) as patch:`."""
@@ -132,10 +134,11 @@ class Patch:
         """Remove the patch."""
         self.remove()
 
-    def _install(self, module: nn.Module, handler: Any, where: str) -> None:
+    def install(self, module: nn.Module, handler: Handler, where: str) -> None:
+        """Put a handler around a module's forward, for `remove` to take out again."""
         install(module, handler, owner=self.owner, where=where)
-        if all(module is not other for other in self._modules):
-            self._modules.append(module)
+        if all(module is not other for other in self.modules):
+            self.modules.append(module)
 
     @property
     def owner(self) -> str:
@@ -239,7 +242,7 @@ def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
         taken = choose_sites(handle.recipe, network, description, skipped)
         extra = () if method.refuses(description) else method.handlers(description, handle.state)
         if taken or extra:
-            _install_network(handle, network, description, taken, extra)
+            install_network(handle, network, description, taken, extra)
             patched += [network.where(site.path) for site in taken]
             changed += [network.where(path) for path, _ in extra]
     if not patched and not changed:
@@ -259,53 +262,3 @@ def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
 
 def _fits_any(config: type[Method], described: list[tuple[FoundNetwork, Network]]) -> bool:
     return any(config().refuses(description) is None for _, description in described)
-
-
-def _install_network(
-    handle: Patch,
-    network: FoundNetwork,
-    description: Network,
-    taken: list[AttentionSite],
-    extra: Sequence[tuple[str, Handler]],
-) -> None:
-    """Install everything one network needs: outermost handlers first."""
-    method, state = handle.recipe.method, handle.state
-    refuse_nested(network, taken)
-    refuse_patched(network)
-    scopes = {site.grid_source: SizeScope() for site in taken if site.grid_source is not None}
-    sites = [
-        AttendAtSite(
-            site,
-            method,
-            state,
-            None if site.grid_source is None else scopes[site.grid_source],
-            network.where(site.path),
-        )
-        for site in taken
-    ]
-    root = GuardRoot(where=network.where(""), state=state, method=method, sites=sites)
-    handle._install(network.module, root, network.where(""))
-    handle.roots.append(root)
-    for path, extra_handler in extra:
-        handle._install(module_of(network, path), extra_handler, network.where(path))
-    for source, scope in scopes.items():
-        module = module_of(network, source)
-        reader = description.grid_readers[source]
-        handle._install(module, ReadGrid(module, reader, scope), network.where(source))
-    for site, handler in zip(taken, sites, strict=True):
-        handle._install(module_of(network, site.path), handler, handler.where)
-        handle.sites[handler.where] = handler
-    state.schedules.append(functools.partial(method.schedule, network=description, sites=taken))
-    if hasattr(type(network.module), "cache_context"):
-        watched = functools.partial(_watched_context, network.module, state)
-        network.module.cache_context = watched  # type: ignore[assignment]
-        handle._contexts.append(network.module)
-    handle.networks.append((network, description))
-
-
-def _watched_context(
-    module: Any, state: RunState, name: str, /, **kwargs: Any
-) -> AbstractContextManager[Any]:
-    """Stand in for a diffusers network's `cache_context`, which names the guidance branch."""
-    state.enter_branch(name)
-    return type(module).cache_context(module, name, **kwargs)

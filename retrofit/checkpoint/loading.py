@@ -134,9 +134,9 @@ def _adopt_modules(handle: Patch, target: Any) -> None:
     for network in find_networks(target, handle.recipe.components):
         for module in network.module.modules():
             if find_interceptor(module) is not None:
-                handle._modules.append(module)
+                handle.modules.append(module)
             if "cache_context" in module.__dict__:
-                handle._contexts.append(module)
+                handle.contexts.append(module)
         handle.networks.append(
             (network, network.family.describe(network.module).named(network.name))
         )

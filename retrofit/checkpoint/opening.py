@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoint import Checkpoint
-from retrofit.checkpoint.fitting import describe_mismatch
+from retrofit.checkpoint.components import build_component, explaining_shapes, load_component
 from retrofit.checkpoint.libraries import (
     LIBRARIES,
-    class_of,
     conversion_command,
     dtype_argument,
-    failing_as_checkpoint_error,
     quiet_libraries,
     torch_dtype,
 )
 from retrofit.checkpoint.weights import Weights, check_file, check_folder
-from retrofit.errors import CheckpointError, InputError, NotFoundError, UnsupportedError, suggest
+from retrofit.errors import NotFoundError, UnsupportedError, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -115,7 +112,7 @@ def build_networks(
                 "network. Leave `--component` out."
             )
         with torch.device("meta"):
-            return _build(checkpoint, "", trust_remote_code)
+            return build_component(checkpoint, "", trust_remote_code)
     for name in components:
         if name not in checkpoint.classes:
             raise NotFoundError(
@@ -126,7 +123,7 @@ def build_networks(
     with torch.device("meta"):
         for name in components or _likely_first(checkpoint):
             if checkpoint.classes[name][0] in LIBRARIES:
-                built[name] = _build(checkpoint, name, trust_remote_code)
+                built[name] = build_component(checkpoint, name, trust_remote_code)
     denoising = {
         name: module
         for name, module in built.items()
@@ -161,7 +158,7 @@ def load_networks(
     _refuse_remote_code(checkpoint, trust_remote_code)
     weights = check_weights(checkpoint, components)
     loaded = {
-        name: _load(checkpoint, name, weights[name], dtype, trust_remote_code).to(device)
+        name: load_component(checkpoint, name, weights[name], dtype, trust_remote_code).to(device)
         for name in components
     }
     return loaded[""] if checkpoint.pipeline_class is None else ComponentSet(loaded)
@@ -197,7 +194,7 @@ def load_whole(
 
     weights = check_weights(checkpoint)
     dtypes = {name: torch_dtype(dtype or found.dtype) for name, found in weights.items()}
-    with _explaining_shapes(checkpoint, weights), quiet_libraries():
+    with explaining_shapes(checkpoint, weights), quiet_libraries():
         if checkpoint.file is not None:
             pipeline_class = getattr(diffusers, str(checkpoint.pipeline_class))
             pipeline = pipeline_class.from_single_file(
@@ -216,87 +213,6 @@ def load_whole(
                 **{dtype_argument(): {"default": next(iter(dtypes.values()), None), **dtypes}},
             )
     return pipeline if device is None else pipeline.to(device)
-
-
-@contextmanager
-def _explaining_shapes(checkpoint: Checkpoint, weights: Mapping[str, Weights]) -> Iterator[None]:
-    """Say which tensor does not fit its config, where that is why a library can't load."""
-    try:
-        with failing_as_checkpoint_error(checkpoint):
-            yield
-    except CheckpointError as error:
-        for component, found in weights.items():
-            problem = None
-            with suppress(InputError):  # a network that can't be built is another problem
-                problem = describe_mismatch(_build_on_meta(checkpoint, component), found.files)
-            if problem is not None:
-                where = f"{checkpoint.name}: {component + '.' if component else ''}{problem}"
-                raise CheckpointError(
-                    f"{where}. They are of two models: fetch config and weights again, together."
-                ) from error
-        raise
-
-
-def _build_on_meta(checkpoint: Checkpoint, component: str) -> Any:
-    import torch
-
-    with torch.device("meta"):
-        return _build(checkpoint, component, trust_remote_code=False)
-
-
-def _build(checkpoint: Checkpoint, component: str, trust_remote_code: bool) -> Any:
-    cls = class_of(checkpoint, component)
-    folder = str(checkpoint.config_folder(component))
-    with failing_as_checkpoint_error(checkpoint):
-        if checkpoint.classes[component][0] == "retrofit":
-            return cls.from_config(checkpoint.config(component), strict=False).eval()
-        if checkpoint.classes[component][0] == "diffusers":
-            return cls.from_config(cls.load_config(folder)).eval()
-        from transformers import AutoConfig, AutoModel
-
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
-        if cls is AutoModel:
-            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
-        else:
-            model = cls._from_config(config)
-        return model.eval()
-
-
-def _load(
-    checkpoint: Checkpoint,
-    component: str,
-    weights: Weights,
-    dtype: str | None,
-    trust_remote_code: bool,
-) -> Any:
-    cls = class_of(checkpoint, component)
-    as_dtype = torch_dtype(dtype or weights.dtype)
-    if checkpoint.classes[component][0] == "retrofit":
-        return cls.from_pretrained(
-            checkpoint.file or checkpoint.weight_folder(component),
-            config=checkpoint.config(component),
-            dtype=None if dtype is None else as_dtype,
-        )
-    with _explaining_shapes(checkpoint, {component: weights}), quiet_libraries():
-        if checkpoint.file is not None:
-            config = str(checkpoint.config_folder(component))
-            single = {"config": config, dtype_argument(): as_dtype}
-            return cls.from_single_file(str(checkpoint.file), **single).eval()
-        options: dict[str, Any] = {"variant": weights.variant, "use_safetensors": True}
-        if checkpoint.classes[component][0] == "diffusers":
-            options[dtype_argument()] = as_dtype
-        else:
-            options |= {"dtype": as_dtype, "trust_remote_code": trust_remote_code}
-        model, info = cls.from_pretrained(
-            str(checkpoint.weight_folder(component)), output_loading_info=True, **options
-        )
-    missing = sorted(map(str, info["missing_keys"]))
-    if missing:
-        raise CheckpointError(
-            f"{checkpoint.name}: its weights lack {len(missing)} tensors that its config asks for "
-            f"({', '.join(missing[:3])}). Fetch the checkpoint again."
-        )
-    return model.eval()
 
 
 def _likely_first(checkpoint: Checkpoint) -> list[str]:

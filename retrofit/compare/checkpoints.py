@@ -87,13 +87,7 @@ def compare_checkpoint(
         InputError: If a variant does not fit, before any weight is read.
     """
     checkpoint = find_checkpoint(model, config=where.config)
-    variants = [*_saved(checkpoint), *variants]
-    if not variants:
-        raise InputError(
-            f"{model}: not patched, so there is nothing to compare it with. "
-            "Name a method with --method, or a recipe with --recipe."
-        )
-    recipes, components = _resolve(checkpoint, variants, where)
+    recipes, components = _resolve(checkpoint, _all_variants(checkpoint, variants), where)
     named = () if components == ("",) else components
     dtype = dtype_to_run(checkpoint, where.device, where.dtype, components)
     where = replace(where, dtype=dtype)
@@ -106,30 +100,16 @@ def compare_checkpoint(
     )
     choice = replace(choice, sizes={report.name: report.size for report in reports})
     open_target = functools.partial(_open, str(model), components, where)
+    shared: dict[str, Any] = {"components": named, "progress": progress}
     if progress is not None:
         progress(f"loading {checkpoint.name}", 0, 1)
     target = open_target()
     inputs = scenes or make_inputs(target, choice, folder=checkpoint.configs, components=named)
-    comparison = compare_models(
-        target,
-        recipes,
-        inputs,
-        components=named,
-        rounds=rounds,
-        seed=choice.seed,
-        progress=progress,
-    )
+    found = compare_models(target, recipes, inputs, rounds=rounds, seed=choice.seed, **shared)
     del target
-    comparison = replace(
-        comparison,
-        attention_share=_attention_share(reports),
-        tokens=max(row.tokens for report in reports for row in report.sites),
-    )
-    if not memory:
-        return comparison
-    return with_peak_memory(
-        comparison, open_target, _largest(inputs), components=named, progress=progress
-    )
+    tokens = max(row.tokens for report in reports for row in report.sites)
+    found = replace(found, attention_share=_attention_share(reports), tokens=tokens)
+    return with_peak_memory(found, open_target, _largest(inputs), **shared) if memory else found
 
 
 def _read_scenes(checkpoint: Checkpoint, choice: InputChoice) -> list[ModelInput]:
@@ -141,6 +121,17 @@ def _read_scenes(checkpoint: Checkpoint, choice: InputChoice) -> list[ModelInput
 def _attention_share(reports: Sequence[NetworkReport]) -> float:
     """Of all networks together."""
     return sum(r.attention_flops for r in reports) / sum(r.flops for r in reports)
+
+
+def _all_variants(checkpoint: Checkpoint, variants: Sequence[Variant]) -> list[Variant]:
+    """Those asked for, after the one that the checkpoint was saved with."""
+    found = [*_saved(checkpoint), *variants]
+    if not found:
+        raise InputError(
+            f"{checkpoint.name}: not patched, so there is nothing to compare it with. "
+            "Name a method with --method, or a recipe with --recipe."
+        )
+    return found
 
 
 def _saved(checkpoint: Checkpoint) -> list[Variant]:

@@ -6,7 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from retrofit.errors import UnsupportedError
 from retrofit.kernels import merge_attention
+from retrofit.methods.block_choice import visible_keys
 
 CHUNK = 1 << 24  # scores held at a time, beside what is there anyway
 
@@ -65,6 +67,22 @@ def add_dropped_means(  # noqa: PLR0913 - both halves of an attention call
         )
         parts.append(merged)
     return torch.cat(parts, 2).to(out.dtype)
+
+
+def keys_in_means(mask: Tensor | None, columns: Tensor) -> Tensor:
+    """Keys that count, bool `[B or 1, S]`, of a mask `[B, H, 1, S]` and the keys' positions `[S]`.
+
+    Raises:
+        UnsupportedError: If the mask says more than which keys are hidden.
+    """
+    if mask is None:
+        return torch.ones_like(columns, dtype=torch.bool)[None]
+    if mask.shape[2] == 1 and mask.dtype == torch.bool:
+        return visible_keys(mask)
+    raise UnsupportedError(
+        'block-sparse: dropped="mean" expects a bool mask that hides whole keys, got one that '
+        'differs between queries or weighs keys. Use dropped="nothing".'
+    )
 
 
 def _pool(x: Tensor, weight: Tensor, count: Tensor, missing: int, block: int) -> Tensor:

@@ -29,7 +29,8 @@ from retrofit.methods.block_layout import (
     join_masks,
     mask_rows,
 )
-from retrofit.methods.block_means import add_dropped_means
+from retrofit.methods.block_means import add_dropped_means, keys_in_means
+from retrofit.methods.block_pairs import count_blocks, count_pairs
 from retrofit.methods.window_sizes import check_keep
 from retrofit.run_state import RunState
 from retrofit.sites import AttentionSite, Network
@@ -126,7 +127,7 @@ class BlockSparseConfig(Method):
 
     def keeps_all(self, grid: TokenGrid) -> bool:
         """Whether every block is kept whatever the scores are."""
-        blocks = _count(grid.num_grid_tokens, self.block_size[1])
+        blocks = count_blocks(grid.num_grid_tokens, self.block_size[1])
         return blocks == 1 or (self.keep is not None and int(blocks * self.keep) >= blocks)
 
 
@@ -202,15 +203,7 @@ class BlockSparse:
         size = self.config.block_size
         if self.config.dropped == "nothing":
             return block_sparse_attention(*tensors, block_size=size, attn_mask=masks, scale=scale)
-        if masks is None:
-            shown = torch.ones_like(parts.columns, dtype=torch.bool)[None]
-        elif masks.shape[2] == 1 and masks.dtype == torch.bool:
-            shown = visible_keys(masks)
-        else:
-            raise UnsupportedError(
-                'block-sparse: dropped="mean" expects a bool mask that hides whole keys, got one '
-                'that differs between queries or weighs keys. Use dropped="nothing".'
-            )
+        shown = keys_in_means(masks, parts.columns)
         out, lse = block_sparse_attention(
             *tensors, block_size=size, attn_mask=masks, scale=scale, return_lse=True
         )
@@ -221,7 +214,7 @@ class BlockSparse:
             parts.query,
             parts.key[:, :, :count],
             values[:, :, :count],
-            kept=block_map[..., : _count(count, size[1])],
+            kept=block_map[..., : count_blocks(count, size[1])],
             shown=shown[:, :count],
             block_size=size,
             scale=parts.query.shape[-1] ** -0.5 if scale is None else scale,
@@ -240,15 +233,16 @@ class BlockSparse:
         shown = real[:, parts.columns]
         if parts.shown is not None:
             shown = shown & parts.shown.view(1, -1)
-        block_q, block_k = self.config.block_size
         rows = real[:, parts.tokens]
         if parts.real is not None:
             rows = rows & shown[:, : parts.num_grid_keys]
-        num_q, num_k = _sums(rows, block_q), _sums(shown, block_k)
-        seen = block_map * num_k[:, None, None]
-        if self.config.dropped == "mean":
-            seen = torch.where(block_map, seen, (num_k > 0)[:, None, None].to(seen.dtype))
-        pairs = (seen * num_q[:, None, :, None]).sum((2, 3)).mean(1)
+        pairs = count_pairs(
+            block_map,
+            rows,
+            shown,
+            block_size=self.config.block_size,
+            has_means=self.config.dropped == "mean",
+        )
         total = real.sum(1).double()
         pairs = pairs + self.grid.num_special_tokens * total
         return (pairs.sum() / (total**2).expand_as(pairs).sum()).item()
@@ -292,25 +286,16 @@ class BlockSparse:
             pooling=self.config.pooling,
             scale=scale,
         )
-        always = _count(parts.key.shape[2], self.config.block_size[1]) - block_map.shape[3]
+        always = count_blocks(parts.key.shape[2], self.config.block_size[1]) - block_map.shape[3]
         return pad(block_map, (0, always), value=True) if always else block_map
 
     def _as_lists(self, block_map: Tensor, parts: Arranged) -> Any:
         """The same as lists where the longest row is known without waiting for the device."""
         block_q, block_k = self.config.block_size
-        blocks = _count(parts.num_grid_keys, block_k)
+        blocks = count_blocks(parts.num_grid_keys, block_k)
         if self.config.mass is not None or self.config.keep is None:
             return block_map
         longest = max(1, int(blocks * self.config.keep)) + block_map.shape[3] - blocks
         if parts.mask is not None:  # a row's own blocks may come on top
-            longest = longest + _count(block_q, block_k) + 1
+            longest = longest + count_blocks(block_q, block_k) + 1
         return lists_from_mask(block_map, max_count=min(longest, block_map.shape[3]))
-
-
-def _count(length: int, block: int) -> int:
-    return -(-length // block)
-
-
-def _sums(x: Tensor, block: int) -> Tensor:
-    """Sums per block, `[B, S]` to float64 `[B, ceil(S / block)]`."""
-    return pad(x.double(), (0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(2)
