@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from retrofit.commands import generate_options as chosen
 from retrofit.commands import options
 from retrofit.commands.console import count, print_json, print_lines
 from retrofit.commands.generate_inputs import (
@@ -36,180 +35,44 @@ if TYPE_CHECKING:
     from retrofit.generate import Generator
     from retrofit.generate.running import Picture
 
-PICTURE = "What it shows"
-SAMPLING = "How it is sampled"
-ADAPTERS = "What is added to the model"
-
 
 def run(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            help="A text-to-image pipeline: a folder, a hub id, or a .safetensors file. The small "
-            "bundled model `shapes` by default.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--prompt", "-p", help="What to draw; may be repeated.", rich_help_panel=PICTURE
-        ),
-    ] = None,
-    prompt_file: Annotated[
-        Path | None,
-        typer.Option("--prompt-file", help="One prompt a line.", rich_help_panel=PICTURE),
-    ] = None,
-    negative: Annotated[
-        str | None, typer.Option("--negative", help="What not to draw.", rich_help_panel=PICTURE)
-    ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            "--size",
-            metavar="WxH",
-            help="Pixels; by default those of --image or --control-image, else the training size.",
-            rich_help_panel=PICTURE,
-        ),
-    ] = None,
-    num_images: Annotated[
-        int, typer.Option("--num-images", "-n", help="For each prompt.", rich_help_panel=PICTURE)
-    ] = 1,
-    image: Annotated[
-        Path | None,
-        typer.Option("--image", help="A picture to start from.", rich_help_panel=PICTURE),
-    ] = None,
-    mask: Annotated[
-        Path | None,
-        typer.Option(
-            "--mask", help="White where --image is painted anew.", rich_help_panel=PICTURE
-        ),
-    ] = None,
-    strength: Annotated[
-        float | None,
-        typer.Option(
-            "--strength", help="How much of --image goes, 0 to 1.", rich_help_panel=PICTURE
-        ),
-    ] = None,
-    steps: Annotated[
-        int | None, typer.Option("--steps", help="Denoising steps.", rich_help_panel=SAMPLING)
-    ] = None,
-    guidance: Annotated[
-        float | None,
-        typer.Option("--guidance", help="Guidance scale.", rich_help_panel=SAMPLING),
-    ] = None,
-    seed: Annotated[
-        int | None,
-        typer.Option(
-            "--seed",
-            help="Of the first picture; each further one adds 1.",
-            rich_help_panel=SAMPLING,
-        ),
-    ] = None,
-    scheduler: Annotated[
-        str | None,
-        typer.Option(
-            "--scheduler", help="ddim, euler, dpmsolver, lcm, ...", rich_help_panel=SAMPLING
-        ),
-    ] = None,
-    eta: Annotated[
-        float | None,
-        typer.Option("--eta", help="Noise that DDIM adds, 0 to 1.", rich_help_panel=SAMPLING),
-    ] = None,
-    batch: Annotated[
-        int, typer.Option("--batch", help="Pictures in one call.", rich_help_panel=SAMPLING)
-    ] = 1,
+    model: chosen.OptionalModel = None,
+    prompt: chosen.Prompt = None,
+    prompt_file: chosen.PromptFile = None,
+    negative: chosen.Negative = None,
+    size: chosen.Size = None,
+    num_images: chosen.NumImages = 1,
+    image: chosen.Image = None,
+    mask: chosen.Mask = None,
+    strength: chosen.Strength = None,
+    steps: chosen.Steps = None,
+    guidance: chosen.Guidance = None,
+    seed: chosen.Seed = None,
+    scheduler: chosen.Scheduler = None,
+    eta: chosen.Eta = None,
+    batch: chosen.Batch = 1,
     method: options.Method = None,
     recipe: options.RecipeFile = None,
     settings: options.Settings = None,
     sites: options.Sites = None,
     config: options.Config = "",
-    lora: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--lora",
-            metavar="FILE[:WEIGHT]",
-            help="File or hub id; may be repeated.",
-            rich_help_panel=ADAPTERS,
-        ),
-    ] = None,
-    controlnet: Annotated[
-        str | None,
-        typer.Option("--controlnet", help="A folder or a hub id.", rich_help_panel=ADAPTERS),
-    ] = None,
-    control_image: Annotated[
-        Path | None,
-        typer.Option("--control-image", help="What it looks at.", rich_help_panel=ADAPTERS),
-    ] = None,
-    control_scale: Annotated[
-        float | None, typer.Option("--control-scale", help="Its weight.", rich_help_panel=ADAPTERS)
-    ] = None,
-    ip_adapter: Annotated[
-        str | None,
-        typer.Option(
-            "--ip-adapter", help="File, or hub id with its path.", rich_help_panel=ADAPTERS
-        ),
-    ] = None,
-    ip_image: Annotated[
-        Path | None,
-        typer.Option("--ip-image", help="What it looks at.", rich_help_panel=ADAPTERS),
-    ] = None,
-    ip_scale: Annotated[
-        float | None, typer.Option("--ip-scale", help="Its weight.", rich_help_panel=ADAPTERS)
-    ] = None,
-    offload: Annotated[
-        str | None,
-        typer.Option(
-            "--offload",
-            help="Let networks (model) or their layers (sequential) wait on the CPU.",
-            rich_help_panel=options.WHERE,
-        ),
-    ] = None,
-    vae_tiling: Annotated[
-        bool,
-        typer.Option(
-            "--vae-tiling", help="Decode in tiles, in less memory.", rich_help_panel=options.WHERE
-        ),
-    ] = False,
+    lora: chosen.Lora = None,
+    controlnet: chosen.Controlnet = None,
+    control_image: chosen.ControlImage = None,
+    control_scale: chosen.ControlScale = None,
+    ip_adapter: chosen.IpAdapter = None,
+    ip_image: chosen.IpImage = None,
+    ip_scale: chosen.IpScale = None,
+    offload: chosen.Offload = None,
+    vae_tiling: chosen.VaeTiling = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
     trust_remote_code: options.TrustRemoteCode = False,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            "-o",
-            "--out",
-            metavar="FILE",
-            help=f"A PNG; several pictures are numbered. {options.FOLDERS_MADE}",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(
-            "--like",
-            metavar="PNG",
-            help="Make the picture of this PNG again, changed by what else is given.",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = None,
-    preview: Annotated[
-        bool,
-        typer.Option(
-            "--preview",
-            help="First write NAME-preview.png, dense at the training size.",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = False,
-    no_time_saved: Annotated[
-        bool,
-        typer.Option(
-            "--no-time-saved",
-            help="Leave out the dense call at the end that tells the time saved.",
-            rich_help_panel=options.OUTPUT,
-        ),
-    ] = False,
+    out: chosen.Out = None,
+    like: chosen.Like = None,
+    preview: chosen.Preview = False,
+    no_time_saved: chosen.NoTimeSaved = False,
     force: options.Force = False,
     json: options.Json = False,
 ) -> None:
@@ -249,31 +112,21 @@ def run(
     from retrofit.generate import Generator
 
     width, height = options.read_size(size)
-    given = {
+    given: dict[str, Any] = {
         "negative": negative,
         "width": width,
         "height": height,
-        "steps": steps,
-        "guidance": guidance,
-        "eta": eta,
-        "scheduler": scheduler,
-        "loras": tuple(map(read_lora, lora)) if lora else None,
-        "image": read_input(image, "--image"),
-        "mask": read_input(mask, "--mask"),
         "strength": strength,
-        "controlnet": controlnet,
-        "control_image": read_input(control_image, "--control-image"),
-        "control_scale": control_scale,
-        "ip_adapter": ip_adapter,
-        "ip_image": read_input(ip_image, "--ip-image"),
-        "ip_scale": ip_scale,
-        "offload": offload,
-        "vae_tiling": vae_tiling or None,
-        "device": device,
-        "dtype": dtype,
-        "config": config or None,
-        "trust_remote_code": trust_remote_code or None,
     }
+    given |= {"steps": steps, "guidance": guidance, "eta": eta, "scheduler": scheduler}
+    given |= {"controlnet": controlnet, "control_scale": control_scale}
+    given |= {"ip_adapter": ip_adapter, "ip_scale": ip_scale}
+    given |= {"loras": tuple(map(read_lora, lora)) if lora else None}
+    given |= {"offload": offload, "vae_tiling": vae_tiling or None}
+    given |= {"device": device, "dtype": dtype, "config": config or None}
+    given |= {"trust_remote_code": trust_remote_code or None}
+    pictures = {"image": image, "mask": mask, "control_image": control_image, "ip_image": ip_image}
+    given |= {name: read_input(file, name) for name, file in pictures.items()}
     prompts = read_prompts(prompt, prompt_file)
     what = None if method is None and recipe is None else options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)

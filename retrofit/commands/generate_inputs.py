@@ -25,11 +25,11 @@ def read_lora(text: str) -> tuple[str, float]:
         return text, 1.0
 
 
-def read_input(path: Path | None, what: str) -> Any:
-    """The file of a picture that goes in, looked at."""
+def read_input(path: Path | None, name: str) -> Any:
+    """The file of a picture that goes in, looked at; the name is its field's."""
     from retrofit.generate.request import InputFile
 
-    return None if path is None else InputFile.read(path, what)
+    return None if path is None else InputFile.read(path, f"--{name.replace('_', '-')}")
 
 
 def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
