@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from retrofit.checkpoint import PARTIAL
 from retrofit.checkpoint.manifest import MANIFEST, Manifest, _digest
 from retrofit.commands import run
 from tests import tiny_pipelines
@@ -45,6 +46,34 @@ def run_command(capfd: pytest.CaptureFixture[str]) -> RunCommand:
         return Answer(code, *capfd.readouterr())
 
     return call
+
+
+@pytest.fixture
+def refused(tmp_path: Path, run_command: RunCommand) -> Callable[..., str]:
+    """Run a command that must fail: checks the code, that it is one line, and that all is as was.
+
+    Returns the line.
+    """
+
+    def call(*arguments: object, code: int = 2) -> str:
+        before = contents(tmp_path)
+        answer = run_command(*arguments)
+        lines = [line for line in answer.err.splitlines() if not line.startswith("proving")]
+        assert answer.code == code, answer
+        assert len(lines) == 1, answer.err
+        assert lines[0].startswith("error: ") or code == 130
+        assert "Traceback" not in answer.err
+        assert answer.out == ""
+        assert contents(tmp_path) == before
+        assert [p for p in tmp_path.rglob("*") if PARTIAL in p.name] == []
+        return lines[0]
+
+    return call
+
+
+def patch_words(model: object, out: object, *more: object) -> tuple[object, ...]:
+    """The command that patches a checkpoint with small blocks."""
+    return ("patch", model, *BLOCKS, *more, "-o", out)
 
 
 @pytest.fixture(scope="session")

@@ -25,6 +25,7 @@ from tests.checkpoint_fixtures import (  # noqa: E402, F401
     patched,
     patched_pipeline,
     pipeline,
+    refused,
     run_command,
 )
 

@@ -2,76 +2,43 @@
 
 from __future__ import annotations
 
-import errno
 import functools
 import json
-import os
 import re
 import shutil
-import signal
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
-from retrofit.checkpoint import PARTIAL, find_checkpoint, saving, writing
+from retrofit.checkpoint import find_checkpoint
 from retrofit.checkpoint.manifest import MANIFEST
 from retrofit.checkpoint.opening import load_networks, load_whole
 from retrofit.commands.options import read_settings
 from retrofit.errors import CheckpointError
 from tests import tiny_models
-from tests.checkpoint_fixtures import BLOCKS, contents, edit_manifest
+from tests.checkpoint_fixtures import edit_manifest, patch_words
 
 WEIGHTS = "model.safetensors"
 
 
-@pytest.fixture
-def refused(tmp_path, run_command):
-    """Run a command that must fail: checks the code, that it is one line, and that all is as was.
-
-    Returns the line.
-    """
-
-    def call(*arguments, code=2):
-        before = contents(tmp_path)
-        answer = run_command(*arguments)
-        lines = [line for line in answer.err.splitlines() if not line.startswith("proving")]
-        assert answer.code == code, answer
-        assert len(lines) == 1, answer.err
-        assert lines[0].startswith("error: ") or code == 130
-        assert "Traceback" not in answer.err
-        assert answer.out == ""
-        assert contents(tmp_path) == before
-        assert [p for p in tmp_path.rglob("*") if PARTIAL in p.name] == []
-        return lines[0]
-
-    return call
-
-
-def _patch(model, out, *more):
-    return ("patch", model, *BLOCKS, *more, "-o", out)
-
-
 def test_a_missing_model(refused, tmp_path):
-    line = refused(*_patch("no-such-model", tmp_path / "out"))
+    line = refused(*patch_words("no-such-model", tmp_path / "out"))
     assert "no such folder or file" in line
     assert "owner/name" in line
 
 
 def test_a_missing_model_at_the_root_lists_nothing(refused, tmp_path):
-    line = refused(*_patch("/usrr", tmp_path / "out"))
+    line = refused(*patch_words("/usrr", tmp_path / "out"))
     assert line == "error: /usrr: no such folder or file. A hub id looks like `owner/name`."
 
 
 def test_a_misspelt_model_names_the_nearest(refused, encoder, copy_of, tmp_path):
     folder = copy_of(encoder)
-    line = refused(*_patch(folder.with_name("copy-of-minilmm"), tmp_path / "out"))
+    line = refused(*patch_words(folder.with_name("copy-of-minilmm"), tmp_path / "out"))
     assert f"Did you mean {folder.name}?" in line
 
 
 def test_a_misspelt_hub_id_says_what_was_looked_for(refused, tmp_path):
-    line = refused(*_patch("owner/no-such-model", tmp_path / "out"), code=1)
+    line = refused(*patch_words("owner/no-such-model", tmp_path / "out"), code=1)
     assert "owner/no-such-model" in line
     assert "HF_HUB_OFFLINE" in line
 
@@ -79,7 +46,7 @@ def test_a_misspelt_hub_id_says_what_was_looked_for(refused, tmp_path):
 def test_a_folder_without_a_checkpoint(refused, tmp_path):
     (tmp_path / "empty").mkdir()
     assert "expected model_index.json or config.json" in refused(
-        *_patch(tmp_path / "empty", tmp_path / "out")
+        *patch_words(tmp_path / "empty", tmp_path / "out")
     )
 
 
@@ -94,7 +61,7 @@ def test_no_method_at_all_lists_them(refused, encoder, tmp_path):
 
 def test_a_method_and_a_recipe_of_another(refused, encoder, tmp_path):
     (tmp_path / "mine.yaml").write_text("method: window")
-    line = refused(*_patch(encoder, tmp_path / "out", "--recipe", tmp_path / "mine.yaml"))
+    line = refused(*patch_words(encoder, tmp_path / "out", "--recipe", tmp_path / "mine.yaml"))
     assert "Give one of them" in line
 
 
@@ -129,11 +96,11 @@ def test_numbers_beyond_what_yaml_calls_numbers():
 
 def test_a_seed_that_no_generator_takes(refused, encoder, tmp_path):
     out = tmp_path / "out"
-    assert "--seed" in refused(*_patch(encoder, out, "--seed", "99999999999999999999"))
+    assert "--seed" in refused(*patch_words(encoder, out, "--seed", "99999999999999999999"))
 
 
 def test_a_name_that_is_too_long(refused, encoder, tmp_path):
-    assert "the name is too long" in refused(*_patch(encoder, tmp_path / ("x" * 300)))
+    assert "the name is too long" in refused(*patch_words(encoder, tmp_path / ("x" * 300)))
 
 
 def test_an_error_with_json_is_an_object_too(run_command, tmp_path):
@@ -188,7 +155,9 @@ def test_a_window_of_nothing(method, size, refused, encoder, tmp_path):
 
 
 def test_a_site_glob_that_matches_nothing_names_the_nearest(refused, encoder, tmp_path):
-    line = refused(*_patch(encoder, tmp_path / "out", "--sites", "encoder.layer.7.attention.self"))
+    line = refused(
+        *patch_words(encoder, tmp_path / "out", "--sites", "encoder.layer.7.attention.self")
+    )
     assert "matches none of the 2 sites" in line
     assert "Did you mean encoder.layer." in line
 
@@ -241,12 +210,12 @@ def test_a_patch_that_changes_nothing(refused, encoder, tmp_path):
 
 
 def test_a_device_that_is_not_there(refused, encoder, tmp_path):
-    line = refused(*_patch(encoder, tmp_path / "out", "--device", "cuda:77"))
+    line = refused(*patch_words(encoder, tmp_path / "out", "--device", "cuda:77"))
     assert "--device cpu" in line
 
 
 def test_a_dtype_that_is_none(refused, encoder, tmp_path):
-    line = refused(*_patch(encoder, tmp_path / "out", "--dtype", "float61"))
+    line = refused(*patch_words(encoder, tmp_path / "out", "--dtype", "float61"))
     assert "Did you mean float16" in line
 
 
@@ -280,7 +249,7 @@ def _break_config(folder):
 def test_a_broken_checkpoint(breaking, message, refused, encoder, copy_of, tmp_path):
     folder = copy_of(encoder)
     breaking(folder)
-    assert message in refused(*_patch(folder, tmp_path / "out"))
+    assert message in refused(*patch_words(folder, tmp_path / "out"))
 
 
 def _set_config(folder, **changes):
@@ -291,7 +260,7 @@ def _set_config(folder, **changes):
 def test_an_encoders_weights_that_do_not_fit_its_config(refused, encoder, copy_of, tmp_path):
     folder = copy_of(encoder)
     _set_config(folder, intermediate_size=80)
-    line = refused(*_patch(folder, tmp_path / "out"))
+    line = refused(*patch_words(folder, tmp_path / "out"))
     assert "encoder.layer.0.intermediate.dense.weight: expected shape [80, 48]" in line
     assert re.search(r"got \[\d+, 48\] in its weights \(5 more, such as", line)
     assert "fetch config and weights again" in line
@@ -321,165 +290,21 @@ def test_nothing_runs_before_the_shards_are_known_to_be_whole(
     folder = copy_of(encoder)
     _cut(folder)
     monkeypatch.setattr(proof, "make_proof", lambda *a, **k: pytest.fail("ran"))
-    refused(*_patch(folder, tmp_path / "out"))
+    refused(*patch_words(folder, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("suffix", [".bin", ".ckpt", ".pt", ".pth"])
 def test_a_pickled_file(suffix, refused, tmp_path):
     file = tmp_path / f"model{suffix}"
     file.write_bytes(b"never opened")
-    assert "convert it: python -c" in refused(*_patch(file, tmp_path / "out"))
+    assert "convert it: python -c" in refused(*patch_words(file, tmp_path / "out"))
 
 
 def test_a_file_that_is_no_checkpoint(refused, tmp_path):
     (tmp_path / "notes.txt").write_text("notes")
     assert "expected a folder or a .safetensors file" in refused(
-        *_patch(tmp_path / "notes.txt", tmp_path / "out")
+        *patch_words(tmp_path / "notes.txt", tmp_path / "out")
     )
-
-
-def test_an_output_that_exists(refused, encoder, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.tex").write_text("years of work")
-    assert "exists" in refused(*_patch(encoder, tmp_path / "out"))
-    assert "holds thesis.tex" in refused(*_patch(encoder, tmp_path / "out", "--force"))
-
-
-def test_force_replaces_only_what_patch_wrote(
-    refused, encoder, patched, copy_of, tmp_path, run_command
-):
-    finetuned = copy_of(encoder)
-    assert "has no retrofit.json" in refused(*_patch(encoder, finetuned, "--force"))
-    earlier = copy_of(patched)
-    (earlier / ".git").mkdir()
-    (earlier / ".git" / "HEAD").write_text("ref")
-    assert "it holds .git/HEAD" in refused(*_patch(encoder, earlier, "--force"))
-    shutil.rmtree(earlier / ".git")
-    with (earlier / WEIGHTS).open("r+b") as stream:
-        stream.seek(-4, 2)
-        stream.write(b"mine")
-    assert "its bytes changed since patching" in refused(*_patch(encoder, earlier, "--force"))
-    assert "--force replaces only" in refused("unpatch", patched, "-o", earlier, "--force")
-    shutil.rmtree(earlier)
-    again = copy_of(patched)
-    assert run_command(*_patch(encoder, again, "--force", "--no-proof")).code == 0
-
-
-@pytest.mark.parametrize("more", ["out", "deeper/out"])
-def test_an_output_below_a_file(more, refused, encoder, tmp_path):
-    (tmp_path / "afile").write_text("kept")
-    line = refused(*_patch(encoder, tmp_path / "afile" / more))
-    assert f"{tmp_path / 'afile'} is a file" in line
-    assert "read-only" not in line
-
-
-def test_an_output_inside_the_checkpoint(refused, encoder, copy_of):
-    folder = copy_of(encoder)
-    assert "inside the checkpoint" in refused(*_patch(folder, folder / "out"))
-
-
-def test_a_disk_too_small_is_known_before_copying(refused, encoder, tmp_path, monkeypatch):
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    line = refused(*_patch(encoder, tmp_path / "out", "--no-proof"), code=1)
-    assert "GB left" in line
-
-
-def test_a_disk_that_fills_up_while_copying(refused, encoder, tmp_path, monkeypatch):
-    own = os.write
-
-    def fill(descriptor, data):
-        if len(data) > 10_000:
-            own(descriptor, data[:1000])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        return own(descriptor, data)
-
-    monkeypatch.setattr(os, "write", fill)
-    line = refused(*_patch(encoder, tmp_path / "out", "--no-proof"), code=1)
-    assert WEIGHTS in line
-    assert "the disk is full" in line
-
-
-@pytest.mark.parametrize(("foreseen", "message"), [(True, "GB left"), (False, "disk is full")])
-def test_a_real_file_system_that_is_full(
-    foreseen, message, encoder, run_command, tmp_path, monkeypatch
-):
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    mounted = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(disk)], capture_output=True
-    )
-    if mounted.returncode:
-        pytest.skip("mounting is not allowed here; the tests above stand in")
-    if not foreseen:
-        monkeypatch.setattr(saving, "refuse_full_disk", lambda out, needed: None)
-    try:
-        answer = run_command(*_patch(encoder, disk / "out", "--no-proof"))
-        assert answer.code == 1
-        assert message in answer.err
-        assert list(disk.iterdir()) == []
-    finally:
-        subprocess.run(["umount", str(disk)], check=True)
-
-
-@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
-def test_a_folder_that_turns_out_read_only(number, refused, encoder, tmp_path, monkeypatch):
-    def refuse(path, *arguments, **options):
-        raise OSError(number, os.strerror(number), str(path))
-
-    monkeypatch.setattr(os, "mkdir", refuse)
-    line = refused(*_patch(encoder, tmp_path / "out", "--no-proof"))
-    assert "not writable here" in line
-    assert str(tmp_path) in line
-
-
-def test_a_folder_that_is_read_only(refused, encoder, tmp_path, monkeypatch):
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
-    line = refused(*_patch(encoder, tmp_path / "out"))
-    assert "read-only" in line
-    assert "may write" in line
-
-
-@pytest.mark.parametrize("place", ["_copy_and_hash", "_take_name"])
-def test_ctrl_c_in_the_middle(place, encoder, tmp_path, run_command, monkeypatch):
-    own = getattr(writing, place)
-
-    def interrupt(*arguments, **options):
-        signal.raise_signal(signal.SIGINT)
-        return own(*arguments, **options)
-
-    monkeypatch.setattr(writing, place, interrupt)
-    answer = run_command(*_patch(encoder, tmp_path / "out", "--no-proof"))
-    assert answer.code == 130
-    assert answer.err == "stopped; nothing was left half-written.\n"
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_kill_9_in_the_middle_of_patching(encoder, tmp_path, run_command):
-    out = tmp_path / "out"
-    program = f"""
-        import os, signal
-        from retrofit.checkpoint import saving, writing
-        own, calls = writing._copy_and_hash, []
-        def die(*arguments, **options):
-            calls.append(1)
-            if len(calls) == 3:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return own(*arguments, **options)
-        writing._copy_and_hash = die
-        from retrofit.commands import run
-        run({[str(a) for a in _patch(encoder, out, "--no-proof")]!r})
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=300)
-    assert done.returncode == -signal.SIGKILL
-    assert not out.exists()
-    (left,) = tmp_path.iterdir()
-    for command in (("inspect", left), ("verify", left), _patch(left, tmp_path / "x")):
-        answer = run_command(*command)
-        assert answer.code == 2
-        assert "interrupted run" in answer.err
-    assert run_command(*_patch(encoder, out, "--no-proof")).code == 0
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize("verb", ["verify", "unpatch", "inspect"])
@@ -522,6 +347,6 @@ def test_a_record_beside_other_weights(refused, patched, pipeline, copy_of, tmp_
 
 
 def test_a_patched_checkpoint_patched_again(refused, patched, tmp_path):
-    line = refused(*_patch(patched, tmp_path / "out"))
+    line = refused(*patch_words(patched, tmp_path / "out"))
     assert "already patched with block-sparse" in line
     assert "retrofit unpatch" in line
