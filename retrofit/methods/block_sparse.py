@@ -236,13 +236,8 @@ class BlockSparse:
         rows = real[:, parts.tokens]
         if parts.real is not None:
             rows = rows & shown[:, : parts.num_grid_keys]
-        pairs = count_pairs(
-            block_map,
-            rows,
-            shown,
-            block_size=self.config.block_size,
-            has_means=self.config.dropped == "mean",
-        )
+        size, has_means = self.config.block_size, self.config.dropped == "mean"
+        pairs = count_pairs(block_map, rows, shown, block_size=size, has_means=has_means)
         total = real.sum(1).double()
         pairs = pairs + self.grid.num_special_tokens * total
         return (pairs.sum() / (total**2).expand_as(pairs).sum()).item()
