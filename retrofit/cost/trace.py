@@ -9,7 +9,7 @@ import itertools
 import math
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -159,6 +159,13 @@ class _Memory:
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._drop, key, size)
 
+    def pass_through(self, sizes: Iterable[int]) -> None:
+        """Note blocks that an operation allocates and frees itself; `peak` leaves them out."""
+        if self.events is None:
+            return
+        blocks = [(next(self.numbers), size) for size in sizes if size]
+        self.events += [*blocks, *((number, 0) for number, _ in blocks)]
+
     def _drop(self, key: int, size: int) -> None:
         number = self.known.pop(key)
         self.now -= size
@@ -227,10 +234,24 @@ class _Operations(TorchDispatchMode):
             if tensor.is_meta:
                 self.memory.hold(tensor)
         name = func.overloadpacket.__name__
+        if name == "convolution":
+            self.memory.pass_through(_reordered(args, outputs[0]))
         if not func.is_view and name not in FREE and outputs:
             operation = describe(func, args, kwargs, out, outputs)
             self.trace.add(operation, Example(func, args, kwargs))
         return out
+
+
+def _reordered(args: Any, output: Tensor) -> list[int]:
+    """Bytes of the copies in its own layout that oneDNN, on a CPU, makes for a convolution.
+
+    Of input and weights, and in float32 of the output; 1x1 ones in float32 need none.
+    """
+    picture, weight = args[:2]
+    copies = [picture, weight]
+    if weight.dtype == torch.float32:
+        copies = [] if math.prod(weight.shape[2:]) == 1 else [*copies, output]
+    return [int(_bytes(x)) for x in copies]
 
 
 def describe(func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor]) -> Operation:

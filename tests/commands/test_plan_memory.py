@@ -85,3 +85,25 @@ def test_a_real_call_takes_about_what_is_predicted(width):
     live = trace.peak_bytes - trace.weight_bytes
     assert live <= 1.05 * peak
     assert peak == pytest.approx(resident_peak(trace.events), rel=0.6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kernel", "copies"),
+    [
+        (torch.float32, 3, ("input", "weight", "output")),
+        (torch.float32, 1, ()),
+        (torch.bfloat16, 3, ("input", "weight")),
+    ],
+    ids=["float32-3x3", "float32-1x1", "bfloat16-3x3"],
+)
+def test_a_convolution_holds_copies_while_it_runs(dtype, kernel, copies):
+    layer = nn.Conv2d(5, 7, kernel, padding=kernel // 2, bias=False).to("meta", dtype)
+    x = torch.empty(1, 5, 30, 20, dtype=dtype, device="meta")
+    with tracing(layer) as trace:
+        layer(x)
+    width = torch.empty(0, dtype=dtype).element_size()
+    sizes = {"input": 5 * 600, "weight": 5 * 7 * kernel**2, "output": 7 * 600}
+    output, *passing = [size for _, size in trace.events if size]
+    assert output == width * sizes["output"]
+    assert passing == [width * sizes[name] for name in copies]
+    assert trace.peak_bytes - trace.weight_bytes == output
