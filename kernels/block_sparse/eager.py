@@ -193,11 +193,12 @@ class _Head:
         """
         weights = self._score(queries, keys_t, picked, LOG2E).exp2_()
         sums, tops = weights.sum(dim=-1, keepdim=True), torch.zeros((), dtype=weights.dtype)
-        least, most = torch.aminmax(sums)
-        if not (float(least) > LEAST_SUM and float(most) < MOST_SUM):
+        fits = (sums > LEAST_SUM) & (sums < MOST_SUM)
+        if not fits.all():
             scores = self._score(queries, keys_t, picked, LOG2E)
             tops = scores.amax(dim=-1, keepdim=True)
-            tops = tops.masked_fill(tops == float("-inf"), 0.0)
+            # a row that fits stays as it is, whatever lies beside it
+            tops = tops.masked_fill(fits | (tops == float("-inf")), 0.0)
             weights = scores.sub_(tops).exp2_()
             sums = weights.sum(dim=-1, keepdim=True)
         return weights, sums, (sums.log2() + tops) * LN2
