@@ -14,7 +14,7 @@ from retrofit.grid import TokenGrid
 from retrofit.intercept import Forward, FunctionMode
 from retrofit.methods.base import Method
 from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, GridReader
+from retrofit.sites import AttentionSite, GridReader, ValueReader
 
 UNREACHED = (
     "Attention must run through torch.nn.functional.scaled_dot_product_attention: use "
@@ -29,12 +29,14 @@ class SizeScope:
     def __init__(self) -> None:
         """Start without one."""
         self.grid: TokenGrid | None = None
+        # what a `ValueReader` read, by the number of tokens without the prefix
+        self.known: dict[int, TokenGrid] = {}
 
 
 class ReadGrid:
     """Handler of a module that sees the size its inner sites can't see."""
 
-    def __init__(self, module: Any, reader: GridReader, scope: SizeScope) -> None:
+    def __init__(self, module: Any, reader: GridReader | ValueReader, scope: SizeScope) -> None:
         """Read with `reader`, write to `scope`."""
         self.module = module
         self.reader = reader
@@ -42,8 +44,18 @@ class ReadGrid:
 
     def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Note the grid, then run the module."""
-        self.scope.grid = self.reader(self.module, args, kwargs)
+        self.scope.grid = self._read(args, kwargs)
         return inner(*args, **kwargs)
+
+    def _read(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenGrid:
+        if not isinstance(self.reader, ValueReader):
+            return self.reader(self.module, args, kwargs)
+        known = self.scope.known
+        if torch.compiler.is_compiling():
+            return self.reader.recall(self.module, args, kwargs, known)
+        grid = self.reader.read(self.module, args, kwargs)
+        known[grid.num_tokens - grid.num_prefix_tokens] = grid
+        return grid
 
 
 class SiteCounts:

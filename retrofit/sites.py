@@ -14,6 +14,25 @@ GridReader = Callable[[Any, tuple[Any, ...], dict[str, Any]], TokenGrid]
 Called as `reader(module, args, kwargs)` inside traced code: plain arithmetic on shapes only. It is
 a function of a module (not a closure), so that a patched model can be copied and pickled.
 """
+GridRecaller = Callable[[Any, tuple[Any, ...], dict[str, Any], Mapping[int, TokenGrid]], TokenGrid]
+
+
+@dataclass(frozen=True)
+class ValueReader:
+    """A reader that must look at values (position ids), which traced code can't do.
+
+    Attributes:
+        read: Reads and checks the grid, outside traced code.
+        recall: The grid inside traced code, found from shapes and from the grids read so far, which
+            it gets by their number of tokens without the prefix. It leaves a check in the graph.
+    """
+
+    read: GridReader
+    recall: GridRecaller
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenGrid:
+        """Read outside traced code."""
+        return self.read(module, args, kwargs)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +110,7 @@ class Network:
     family: str
     sites: tuple[AttentionSite, ...]
     levels: tuple[Level, ...] = ()
-    grid_readers: Mapping[str, GridReader] = field(default_factory=dict)
+    grid_readers: Mapping[str, GridReader | ValueReader] = field(default_factory=dict)
     sample_size: tuple[int, int] | None = None
     unreachable: Mapping[str, str] = field(default_factory=dict)
     name: str = ""

@@ -18,6 +18,7 @@ from torch import Tensor
 from retrofit.grid import TokenGrid
 from retrofit.methods import Method
 from retrofit.methods.block_sparse import BlockSparseConfig
+from retrofit.methods.clear import ClearConfig
 from retrofit.methods.freeswim import FreeSwimConfig
 from retrofit.methods.hidiffusion import HiDiffusionConfig
 from retrofit.methods.neighborhood import NeighborhoodConfig
@@ -238,6 +239,18 @@ def _hidiffusion(config: Method, call: Call) -> list[Mask]:
     return [_shifted_windows(call.grid, (1, height, width), shift)]
 
 
+def _circles(config: Method, call: Call) -> list[Mask]:
+    assert isinstance(config, ClearConfig)
+    where = places(call.grid)
+
+    def sees(a: tuple[int, int, int] | None, b: tuple[int, int, int] | None) -> bool:
+        if a is None or b is None:
+            return True
+        return a[0] == b[0] and (a[1] - b[1]) ** 2 + (a[2] - b[2]) ** 2 < config.radius**2
+
+    return [torch.tensor([[sees(a, b) for b in where] for a in where])[None, None]]
+
+
 def _photo_in_tiles(side: int) -> list[int]:
     rows, columns = PHOTO.height, PHOTO.width
     return [
@@ -260,7 +273,7 @@ TABLE: dict[str, Row] = {
     "window-size": Row(
         config=WindowConfig(window_size=(2, 3, 4)),
         dense=WindowConfig(window_size=512),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "controlnet"),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "controlnet", "flux"),
         grids=ANY,
         seen=_windows((2, 3, 4)),
     ),
@@ -281,7 +294,7 @@ TABLE: dict[str, Row] = {
     "neighborhood-size": Row(
         config=NeighborhoodConfig(window_size=(2, 3, 5)),
         dense=NeighborhoodConfig(window_size=512),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "flux-kontext"),
         grids=ANY,
         seen=_neighbors((2, 3, 5)),
     ),
@@ -302,7 +315,7 @@ TABLE: dict[str, Row] = {
     "block-sparse-keep": Row(
         config=BlockSparseConfig(keep=0.5, block_size=(8, 4)),
         dense=BlockSparseConfig(keep=1.0),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "flux-kontext"),
         grids=ANY,
         seen=_blocks(),
         takes_causal=False,
@@ -325,6 +338,14 @@ TABLE: dict[str, Row] = {
         seen=_blocks(_photo_in_tiles(2)),
         takes_causal=False,
         chooses=True,
+    ),
+    "clear": Row(
+        config=ClearConfig(radius=3),
+        dense=ClearConfig(radius=512),
+        models=("flux", "flux-kontext", "vit", "sd15"),
+        grids=ANY,
+        seen=_circles,
+        takes_causal=False,
     ),
     "t3-cycle": Row(
         config=T3Config(cycle=((3, 1, 1), (1, 2, 4), (2, 3, 2))),

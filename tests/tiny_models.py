@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from diffusers import (
     ControlNetModel,
+    FluxTransformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
@@ -252,6 +253,16 @@ WAN_CONFIG: Inputs = {
     "num_layers": 2,
     "rope_max_seq_len": 64,
 }
+FLUX_CONFIG: Inputs = {
+    "in_channels": 4,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "attention_head_dim": 8,
+    "num_attention_heads": 4,
+    "joint_attention_dim": TEXT_WIDTH,
+    "pooled_projection_dim": TEXT_WIDTH,
+    "axes_dims_rope": (2, 2, 4),
+}
 
 
 def make_sd15_unet(seed: int = 0, **changes: Any) -> UNet2DConditionModel:
@@ -366,6 +377,49 @@ def make_wan_vace_inputs(batch: int = 1, odd: bool = False, seed: int = 0) -> In
     return {**inputs, "control_hidden_states": control}
 
 
+def make_flux(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
+    """FLUX.1 schnell: one block of two streams, two of one."""
+    return fill_randomly(FluxTransformer2DModel(**{**FLUX_CONFIG, **changes}), seed)
+
+
+def make_flux_dev(seed: int = 0, **changes: Any) -> FluxTransformer2DModel:
+    """FLUX.1 dev and Kontext, which take the guidance as an input."""
+    return make_flux(seed, **{"guidance_embeds": True, **changes})
+
+
+def make_flux_inputs(batch: int = 1, odd: bool = False, seed: int = 0) -> Inputs:
+    """Pictures of 8x8 tokens, or 11x7 when `odd`, behind nine tokens of text."""
+    generator = torch.Generator().manual_seed(seed)
+    height, width = (11, 7) if odd else (8, 8)
+    return {
+        "hidden_states": torch.randn(batch, height * width, 4, generator=generator),
+        "encoder_hidden_states": torch.randn(batch, 9, TEXT_WIDTH, generator=generator),
+        "pooled_projections": torch.randn(batch, TEXT_WIDTH, generator=generator),
+        "timestep": torch.full((batch,), 0.701),
+        "img_ids": make_position_ids(height, width),
+        "txt_ids": torch.zeros(9, 3),
+    }
+
+
+def make_position_ids(height: int, width: int, kind: int = 0) -> Tensor:
+    """What FLUX's pipelines call image ids: kind, row and column of every token, `[N, 3]`."""
+    rows, columns = torch.arange(height), torch.arange(width)
+    return torch.cartesian_prod(torch.tensor([kind]), rows, columns).float()
+
+
+def make_kontext_inputs(batch: int = 1, odd: bool = False, seed: int = 0) -> Inputs:
+    """The same as `make_flux_inputs` with a reference picture of 5x6 tokens, and a guidance."""
+    inputs = make_flux_inputs(batch, odd, seed)
+    generator = torch.Generator().manual_seed(seed + 1)
+    reference = torch.randn(batch, 30, 4, generator=generator)
+    return {
+        **inputs,
+        "hidden_states": torch.cat([inputs["hidden_states"], reference], 1),
+        "img_ids": torch.cat([inputs["img_ids"], make_position_ids(5, 6, kind=1)]),
+        "guidance": torch.full((batch,), 2.5),
+    }
+
+
 @torch.no_grad()
 def call_transformers(model: Any, inputs: Inputs) -> Tensor:
     """Hidden states `[B, S, C]`."""
@@ -413,4 +467,6 @@ FAMILY_MODELS: dict[str, FamilyModel] = {
     "wan-i2v": FamilyModel("wan", make_wan_i2v, make_wan_i2v_inputs, call_diffusers),
     "wan-ti2v": FamilyModel("wan", make_wan, make_wan_ti2v_inputs, call_diffusers),
     "wan-vace": FamilyModel("wan", make_wan_vace, make_wan_vace_inputs, call_diffusers),
+    "flux": FamilyModel("flux", make_flux, make_flux_inputs, call_diffusers),
+    "flux-kontext": FamilyModel("flux", make_flux_dev, make_kontext_inputs, call_diffusers),
 }

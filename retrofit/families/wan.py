@@ -7,7 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from retrofit.families.base import Family, find_attention, has_parts, own_part, takes_only
+from retrofit.families.base import (
+    Family,
+    explain_backend,
+    find_attention,
+    has_parts,
+    own_part,
+    takes_only,
+)
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.grid import TokenGrid
 from retrofit.sites import AttentionSite, Network, argument
@@ -57,12 +64,9 @@ def describe(module: Any) -> Network:
                     num_calls=2 if has_parts(attention, "add_k_proj") else 1,
                 )
             )
-            backend = _foreign_backend(attention.processor)
-            if backend is not None:
-                unreachable[f"{path}.{name}"] = (
-                    f"its attention backend is {backend!r}, which is not PyTorch's: call "
-                    '`set_attention_backend("native")` on the network'
-                )
+            reason = explain_backend(attention.processor)
+            if reason is not None:
+                unreachable[f"{path}.{name}"] = reason
     return Network(
         family=FAMILY.name,
         sites=tuple(sites),
@@ -89,12 +93,6 @@ def read_latents(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return TokenGrid(
         frames=frames // patch_frames, height=height // patch_height, width=width // patch_width
     )
-
-
-def _foreign_backend(processor: Any) -> str | None:
-    backend = getattr(processor, "_attention_backend", None)
-    name = getattr(backend, "value", backend)
-    return None if name is None or str(name).startswith(("native", "_native")) else str(name)
 
 
 TEXT_LENGTH = 512  # diffusers tells image from text tokens by it

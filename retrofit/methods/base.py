@@ -115,7 +115,7 @@ class Method:
 
     def skips(self, site: AttentionSite, network: Network) -> str | None:
         """Why the method leaves a site alone, or None when it takes it."""
-        return None if site.kind == "self" else f"{site.kind} attention"
+        return "cross attention" if site.kind == "cross" else None
 
     def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
         """The operator for one site and one grid; cheap, called at every forward."""

@@ -7,7 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import ControlNetModel, UNet2DConditionModel, WanTransformer3DModel
+from diffusers import (
+    ControlNetModel,
+    FluxTransformer2DModel,
+    UNet2DConditionModel,
+    WanTransformer3DModel,
+)
 from transformers import (
     BertConfig,
     BertModel,
@@ -127,6 +132,21 @@ def test_wan_at_480p_reads_the_grid_of_its_latents():
     reader = found.family.describe(model).grid_readers[""]
     grid = TokenGrid(frames=21, height=30, width=52)
     assert reader(model, (latents,), {}) == reader(model, (), {"hidden_states": latents}) == grid
+
+
+@pytest.mark.parametrize("guidance", [True, False], ids=["dev", "schnell"])
+def test_flux_of_public_size_has_a_site_a_block(guidance):
+    network = describe_on_meta(lambda: FluxTransformer2DModel(guidance_embeds=guidance))
+    assert network.family == "flux"
+    assert [site.path for site in network.sites] == [
+        *(f"transformer_blocks.{i}.attn" for i in range(19)),
+        *(f"single_transformer_blocks.{i}.attn" for i in range(38)),
+    ]
+    assert [site.block for site in network.sites] == list(range(57))
+    assert {(site.kind, site.num_heads, site.head_dim) for site in network.sites} == {
+        ("joint", 24, 128)
+    }
+    assert not network.unreachable
 
 
 def test_bert_base_has_one_site_a_layer_on_a_plain_sequence():

@@ -30,6 +30,8 @@ ODD_GRIDS: dict[str, TokenGrid] = {
     "wan-i2v": TokenGrid(frames=5, height=7, width=3),
     "wan-ti2v": TokenGrid(frames=5, height=7, width=3),
     "wan-vace": TokenGrid(frames=5, height=7, width=3),
+    "flux": TokenGrid(height=11, width=7, num_prefix_tokens=9),
+    "flux-kontext": TokenGrid(height=11, width=7, num_prefix_tokens=9, num_suffix_tokens=30),
 }
 ODD_LEVELS = [(19, 26), (10, 13), (5, 7), (3, 4)]
 UNETS = [name for name, model in FAMILY_MODELS.items() if model.family == "unet2d"]
@@ -74,9 +76,9 @@ def test_grid_is_that_of_the_tokens_at_an_odd_size_and_batch(name):
     clear_notes()
     with retrofit.patch(network, DenseConfig()):
         model.call(network, model.make_inputs(batch=2, odd=True))
-    own = [grid for site, grid in DenseConfig.grids if site.kind == "self"]
+    own = [grid for site, grid in DenseConfig.grids if site.kind != "cross"]
     assert own == [ODD_GRIDS[name]] * len(own)
-    assert len(own) == sum(site.kind == "self" for site in describe(network).sites)
+    assert len(own) == sum(site.kind != "cross" for site in describe(network).sites)
 
 
 @pytest.mark.parametrize("name", UNETS)
@@ -93,7 +95,7 @@ def test_grid_of_a_unet_is_that_of_its_level_at_an_odd_size(name):
     assert len(DenseConfig.grids) == len(describe(network).sites)
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2-registers", "sd15", "sdxl", "wan-t2v"])
+@pytest.mark.parametrize("name", ["vit", "dinov2-registers", "sd15", "sdxl", "wan-t2v", "flux"])
 def test_grid_follows_the_size_from_call_to_call(name):
     model = FAMILY_MODELS[name]
     network = model.make_model()

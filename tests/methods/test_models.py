@@ -19,7 +19,7 @@ from tests.tiny_models import FAMILY_MODELS, make_bert, make_text_inputs
 CASES = [(name, model) for name, row in TABLE.items() for model in row.models]
 FIRST = [(name, row.models[0]) for name, row in TABLE.items()]
 ONE_EACH = {TABLE[name].config.name: (name, model) for name, model in FIRST}.values()
-SMALLER = {"sd15": {"layers_per_block": 1}}
+SMALLER = {"sd15": {"layers_per_block": 1}, "flux": {"num_single_layers": 0}}
 
 
 @contextmanager
