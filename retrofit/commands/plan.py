@@ -76,7 +76,7 @@ def run(
     [bold]Examples[/bold]
 
     $ retrofit plan sd15/ --method window --size 512x512
-    unet: one call, latents 64x64, 4096 tokens, float32 on CPU, AMD EPYC, 2 threads
+    unet: one call of 64x64 latents, 4096 tokens, float32 on CPU, AMD EPYC, 2 threads
     ...
     window will not help here (1.03x): attention takes 9% of a dense call, and doing none of it
     would give 1.10x. Break-even is near 2100 tokens.
@@ -126,7 +126,7 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
 
     machine = _machine(plan)
     print_lines(
-        f"{network.name or network.family}: one call of {network.size}, {network.tokens} tokens, "
+        f"{network.name or network.family}: one call of {_size(network)}, "
         f"{plan.dtype} on {machine['device']}, {count(machine['threads'], 'thread')}"
         + (f", mean of {plan.steps} steps" if plan.steps > 1 else ""),
         "",
@@ -154,6 +154,14 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
         "libraries of a process come on top. "
         f"Measured for {plan.rates.seconds:.0f} s; load {machine['load']}."
     )
+
+
+def _size(network: NetworkPlan) -> str:
+    """`512 tokens`, or rows by columns of latents or pixels and the tokens they make."""
+    if network.size.tokens:
+        return str(network.size)
+    unit = "latents" if network.latent_scale != (1, 1) else "pixels"
+    return f"{network.size} {unit}, {network.tokens} tokens"
 
 
 def _seconds(value: float) -> str:

@@ -53,6 +53,7 @@ class NetworkPlan:
         name: Its component, empty for a bare network.
         family: Its family.
         size: Of the input, in the units of the network.
+        latent_scale: Frames and pixels that one unit of the size stands for.
         tokens: Of its largest attention call.
         dense: Cost of a call.
         patched: Mean cost of a call over the denoising steps.
@@ -66,6 +67,7 @@ class NetworkPlan:
     dense: Cost
     patched: Cost
     elsewhere: Mapping[int, float]
+    latent_scale: tuple[int, int] = (1, 1)
 
     @property
     def speed(self) -> float:
@@ -109,7 +111,7 @@ def cost_of(traces: Sequence[tuple[Trace, int]], rates: Rates) -> Cost:
         seconds=seconds_of(traces, rates),
         flops=sum(trace.flops * n for trace, n in traces) / weight,
         weight_bytes=max(trace.weight_bytes for trace, _ in traces),
-        call_bytes=max(_call_bytes(trace, rates) for trace, _ in traces),
+        call_bytes=round(max(_call_bytes(trace, rates) for trace, _ in traces)),
     )
 
 

@@ -101,13 +101,6 @@ def plan_checkpoint(
     request = replace(request, dtype=str(dtype).removeprefix("torch."))
     for network in networks:
         set_dtype(network.module, dtype)
-    say("counting", 0, 1)
-    traced = [
-        trace_sizes(target, network, report, request)
-        for network, report in zip(networks, reports, strict=True)
-    ]
-    at_size = [trace for sizes in traced for trace in sizes[0].traces]
-    rates = measure_rates(at_size, request.device, progress=say)
     with patch(
         target,
         request.what,
@@ -117,6 +110,13 @@ def plan_checkpoint(
     ) as handle:
         recipe, report = handle.recipe, handle.report
         changed = {network.name for network, _ in handle.networks}
+    say("counting", 0, 1)
+    traced = [
+        trace_sizes(target, network, report, request)
+        for network, report in zip(networks, reports, strict=True)
+    ]
+    at_size = [trace for sizes in traced for trace in sizes[0].traces]
+    rates = measure_rates(at_size, request.device, progress=say)
     plans = [
         _plan(network, found, sizes, rates)
         for network, found, sizes in zip(networks, reports, traced, strict=True)
@@ -164,6 +164,7 @@ def _plan(
         name=network.name,
         family=network.family.name,
         size=report.size,
+        latent_scale=report.latent_scale,
         tokens=here.tokens,
         dense=cost_of([(here.dense, 1)], rates),
         patched=cost_of(here.patched, rates),
