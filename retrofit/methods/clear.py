@@ -66,16 +66,15 @@ class ClearConfig(Method):
         """
         problems = []
         if not 0 < self.radius < math.inf:
-            problems.append(f"radius: expected more than 0, got {self.radius}.")
+            problems.append(f"radius: expected more than 0 and finite, got {self.radius}.")
         if self.pool is not None and self.pool < 1:
             problems.append(f"pool: expected 1 or more, got {self.pool}.")
-        if self.pool_weights is not None:
-            number = (self.pool or 0) ** 2
-            if len(self.pool_weights) != number:
-                problems.append(
-                    f"pool_weights: expected pool x pool = {number} weights, got "
-                    f"{len(self.pool_weights)}."
-                )
+        number = 0 if self.pool is None else self.pool**2
+        if self.pool_weights is not None and len(self.pool_weights) != number:
+            problems.append(
+                f"pool_weights: expected pool x pool = {number} weights, got "
+                f"{len(self.pool_weights)}."
+            )
         if self.temperature_base < 0 or self.temperature_base == 1:
             problems.append(
                 f"temperature_base: expected 0 or at least 2 tokens, got {self.temperature_base}."

@@ -1,0 +1,175 @@
+"""CLEAR: circles on every route, keys in squares, the scale of long calls, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+import retrofit
+from retrofit.errors import ConfigError, GridError, UnsupportedError
+from retrofit.grid import TokenGrid, split_positions
+from retrofit.kernels import mask_from_lists
+from retrofit.kernels.block_sparse.native import library
+from retrofit.kernels.grid_window.circles import circular_mask
+from retrofit.methods.base import DENSE
+from retrofit.methods.circle_tiles import circle_lists, tile_shape
+from retrofit.methods.clear import Circles, ClearConfig
+from tests.methods_table import make_call
+from tests.tiny_models import FAMILY_MODELS
+
+LARGE = TokenGrid(height=19, width=37, num_prefix_tokens=70)
+EVEN = TokenGrid(height=12, width=20, num_prefix_tokens=5, num_suffix_tokens=2)
+needs_native = pytest.mark.skipif(library()[0] is None, reason=f"native kernel: {library()[1]}")
+CPU = torch.device("cpu")
+
+
+def build(config, grid):
+    call = make_call(config, grid)
+    return config.build(call.site, grid, call.state), call
+
+
+def attend(operator, call, value, **settings):
+    arguments = {"attn_mask": None, "is_causal": False, "scale": None} | settings
+    return operator(call.query, call.key, value, **arguments)
+
+
+def attend_masked(query, keys, values, mask, scale):
+    scores = query @ keys.transpose(-1, -2) * scale
+    return scores.masked_fill(~mask, -math.inf).softmax(-1) @ values
+
+
+def squares(x, grid, side, weights):
+    """Keys of squares of tokens, token by token."""
+    _, tokens = split_positions(grid)
+    picture = x[:, :, tokens].unflatten(2, (grid.height, grid.width))
+    pooled = []
+    for top in range(0, grid.height, side):
+        for left in range(0, grid.width, side):
+            parts = [
+                weights[i * side + j] * picture[:, :, top + i, left + j]
+                for i in range(side)
+                for j in range(side)
+            ]
+            pooled.append(sum(parts))
+    return torch.stack(pooled, 2)
+
+
+@pytest.mark.parametrize(
+    "backend", [pytest.param("native", marks=needs_native), "torch", "reference"]
+)
+@pytest.mark.parametrize("radius", [1, 2.5, 8, 13])
+@pytest.mark.parametrize("grid", [LARGE, TokenGrid(height=3, width=101), TokenGrid(width=75)])
+def test_every_route_gives_the_masked_dense_result(backend, radius, grid, monkeypatch):
+    monkeypatch.setenv("RETROFIT_BACKEND", backend)
+    operator, call = build(ClearConfig(radius=radius), grid)
+    call = call._replace(query=call.query.float(), key=call.key.float())
+    value = torch.randn(2, 2, grid.num_tokens, 5)
+    out = attend(operator, call, value)
+    wide = [x.double() for x in (call.query, call.key, value)]
+    expected = attend_masked(*wide, circular_mask(grid, radius), 8**-0.5)
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("pool", [2, 4])
+def test_pooled_keys_are_seen_by_the_picture_and_by_no_text(learnt, pool):
+    grid = EVEN
+    weights = torch.rand(pool**2).tolist() if learnt else [pool**-2] * pool**2
+    config = ClearConfig(radius=3, pool=pool, pool_weights=tuple(weights) if learnt else None)
+    operator, call = build(config, grid)
+    value = torch.randn(2, 2, grid.num_tokens, 5, dtype=torch.float64)
+    keys, values = (torch.cat([x, squares(x, grid, pool, weights)], 2) for x in (call.key, value))
+    mask = circular_mask(grid, 3, pool=pool)
+    expected = attend_masked(call.query, keys, values, mask, 8**-0.5)
+    torch.testing.assert_close(attend(operator, call, value), expected)
+    seen = mask.sum().item() / grid.num_tokens**2
+    assert operator.keep_fraction(call.query, call.key) == pytest.approx(seen)
+
+
+@pytest.mark.parametrize("pool", [None, 2])
+@pytest.mark.parametrize("radius", [3, 512])
+def test_the_scale_grows_with_the_tokens_of_a_call(pool, radius):
+    grid = EVEN
+    operator, call = build(ClearConfig(radius=radius, pool=pool, temperature_base=100), grid)
+    value = torch.randn(2, 2, grid.num_tokens, 5, dtype=torch.float64)
+    length = grid.num_tokens * (10 if pool else 1)
+    scale = math.sqrt(math.log(length) / math.log(100) / 8)
+    plain, _ = build(ClearConfig(radius=radius, pool=pool), grid)
+    expected = attend(plain, call, value, scale=scale)
+    torch.testing.assert_close(attend(operator, call, value), expected)
+    assert not torch.allclose(expected, attend(plain, call, value))
+
+
+def test_radius_1_is_the_token_itself_and_the_text():
+    grid = TokenGrid(height=9, width=10, num_prefix_tokens=4)
+    operator, call = build(ClearConfig(radius=1), grid)
+    weights = attend(operator, call, torch.eye(94, dtype=torch.float64).expand(2, 2, -1, -1))
+    seen = weights[0, 0] > 0
+    expected = torch.eye(94, dtype=torch.bool)
+    expected[:4] = True
+    expected[:, :4] = True
+    assert torch.equal(seen, expected)
+
+
+def test_a_radius_is_dense_from_beyond_the_diagonal_on():
+    grid = TokenGrid(height=4, width=5, num_prefix_tokens=2)
+    assert build(ClearConfig(radius=5.01), grid)[0] is DENSE
+    assert isinstance(build(ClearConfig(radius=5), grid)[0], Circles)
+    frames = TokenGrid(frames=2, height=3, width=3)
+    assert isinstance(build(ClearConfig(radius=99), frames)[0], Circles)  # each by itself
+
+
+@pytest.mark.parametrize("radius", [8, 16, 32])
+def test_tiles_that_are_visited_are_not_much_more_than_the_circles_hold(radius):
+    grid = TokenGrid(height=128, width=128)
+    lists = circle_lists(grid, radius, 0, CPU).lists
+    visited = lists.counts.sum().item() * 64 * 64 / grid.num_tokens**2
+    needed = Circles(config=ClearConfig(radius=radius), grid=grid).keep_fraction(None, None)
+    assert visited < {8: 2.9, 16: 2.0, 32: 1.6}[radius] * needed
+    assert lists.max_count <= {8: 9, 16: 25, 32: 77}[radius]
+    assert (mask_from_lists(lists, 256).sum(-1) == lists.counts).all()  # none is listed twice
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "tile"),
+    [(64, 64, (8, 8)), (1, 75, (1, 64)), (3, 101, (4, 16)), (101, 2, (32, 2))],
+)
+def test_tiles_are_as_square_as_the_grid_allows(height, width, tile):
+    assert tile_shape(TokenGrid(height=height, width=width)) == tile
+
+
+def test_a_grid_that_squares_do_not_fill_is_refused_with_the_nearest_sizes():
+    grid = TokenGrid(height=18, width=24)
+    with pytest.raises(GridError, match=r"got 18x24. The nearest are 16x24 and 20x24: take such"):
+        build(ClearConfig(pool=4), grid)
+
+
+def test_a_mask_beside_pooled_keys_is_refused():
+    operator, call = build(ClearConfig(radius=3, pool=2), EVEN)
+    mask = torch.ones(2, 1, 1, EVEN.num_tokens, dtype=torch.bool)
+    with pytest.raises(UnsupportedError, match="expected attention without a mask beside `pool`"):
+        attend(operator, call, call.key, attn_mask=mask)
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"radius": 0}, "radius: expected more than 0"),
+        ({"radius": math.inf}, "radius: expected more than 0 and finite"),
+        ({"pool": 0}, "pool: expected 1 or more"),
+        ({"pool": 2, "pool_weights": (1.0,) * 3}, "pool x pool = 4 weights, got 3"),
+        ({"pool_weights": (1.0,)}, "pool x pool = 0 weights, got 1"),
+        ({"temperature_base": 1}, "temperature_base: expected 0 or at least 2"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, problem):
+    with pytest.raises(ConfigError, match=problem):
+        ClearConfig(**settings)
+
+
+def test_a_text_has_no_circles():
+    model = FAMILY_MODELS["bert"].make_model()
+    with pytest.raises(UnsupportedError, match="needs attention over a grid"):
+        retrofit.patch(model, "clear")
