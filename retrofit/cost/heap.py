@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import platform
 import random
+from collections import deque
 from collections.abc import Iterable, Sequence
 
 KIB = 1024
@@ -22,7 +23,8 @@ SMALLEST = 32  # block
 HEADER = 16
 PAGE = 4096
 OBJECTS = 256  # bytes of what PyTorch allocates beside a tensor's numbers
-HELD_ON_TO = 0.05  # of the leftovers; measured on encoders and VGGT in two dtypes
+HELD_ON_TO = 0.05  # of the leftovers; this and the next fit encoders, UNets, Wan and VGGT
+MOST_HELD = 16  # at once: there are only so many small objects
 DRAWS = 6
 TINY = KIB  # bytes below which a block changes nothing
 
@@ -77,6 +79,7 @@ class Heap:
         self.held_on_to = held_on_to
         self.peak = 0
         self._draw = random.Random(seed).random  # noqa: S311 - nothing secret
+        self._held: deque[tuple[int, int]] = deque()
         self._mapped = 0
         self._end = 0  # of the last block in use
         self._touched = 0  # end of what is resident
@@ -125,8 +128,14 @@ class Heap:
         if after < SMALLEST:
             size, after = size + after, 0
         for rest, length in ((start, before), (start + before + size, after)):
-            if length and self._draw() >= self.held_on_to:
+            if not length:
+                continue
+            if self._draw() >= self.held_on_to:
                 self._give_back(rest, length)
+                continue
+            self._held.append((rest, length))
+            if len(self._held) > MOST_HELD:
+                self._give_back(*self._held.popleft())
         return start + before, size
 
     def _place(self, size: int) -> int:

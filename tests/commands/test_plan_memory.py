@@ -107,3 +107,11 @@ def test_a_convolution_holds_copies_while_it_runs(dtype, kernel, copies):
     assert output == width * sizes["output"]
     assert passing == [width * sizes[name] for name in copies]
     assert trace.peak_bytes - trace.weight_bytes == output
+
+
+def test_only_so_many_leftovers_are_held_on_to_at_once():
+    few, many = (Heap(0, held_on_to=share) for share in (0.0, 1.0))
+    events = [event for n in range(1, 400) for event in ((n, 50 * KIB), (n, 0))]
+    for heap in (few, many):
+        heap.run(events)
+    assert few.peak < many.peak < 20 * few.peak
