@@ -303,6 +303,7 @@ PROVED = {
     "controlnet": (tiny_models.make_controlnet, "hidiffusion", {"raunet": False}),
     "wan": (tiny_models.make_wan_i2v, "neighborhood", {}),
     "wan-cached": (tiny_models.make_wan, "freeswim", {"window_size": (5, 5)}),
+    "flux": (tiny_models.make_flux_dev, "clear", {"radius": 3, "temperature_base": 4608}),
     "raunet": (tiny_models.make_sd15_unet, "hidiffusion", {"windows": False}),
 }
 

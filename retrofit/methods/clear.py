@@ -32,8 +32,8 @@ class ClearConfig(Method):
 
     Attributes:
         radius: Tokens nearer than this are seen, borders cut the circle off. 1 is the token itself;
-            a radius beyond the grid's diagonal is dense. In a video a circle stays in its frame. The
-            paper has 8, 16 and 32.
+            a radius beyond the grid's diagonal is dense. The paper has 8, 16 and 32. In a video a
+            circle stays in its frame.
         pool: Side of the squares of tokens whose keys and values are added up to one further key
             each, which all tokens of the picture see. None for none; the paper has 4.
         pool_weights: Weights of the tokens of a square, row by row, as the distillation has learnt
