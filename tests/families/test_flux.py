@@ -4,6 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    FluxKontextPipeline,
+    FluxPipeline,
+)
 from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProcessor
 from torch import nn
@@ -172,3 +178,39 @@ def test_an_ip_adapter_keeps_its_own_attention_dense():
         assert (counts.patched, counts.dense) == (1, 1)
     with retrofit.patch(model, "window", window_size=4):
         assert not torch.allclose(call(), dense, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [FluxPipeline, FluxKontextPipeline])
+def test_pipelines_give_the_ids_that_are_read(kind):
+    levels = 4
+    vae = AutoencoderKL(
+        block_out_channels=(4,) * levels,
+        down_block_types=("DownEncoderBlock2D",) * levels,
+        up_block_types=("UpDecoderBlock2D",) * levels,
+        norm_num_groups=2,
+        shift_factor=0.0,
+    )
+    encoders = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
+    pipe = kind(
+        scheduler=FlowMatchEulerDiscreteScheduler(),
+        vae=vae,
+        transformer=make_flux_dev(in_channels=16),
+        **dict.fromkeys(encoders),
+    )
+    pipe.set_progress_bar_config(disable=True)
+    settings = {"height": 112, "width": 208, "num_inference_steps": 2, "output_type": "latent"}
+    suffix = 0
+    if kind is FluxKontextPipeline:
+        settings |= {
+            "image": torch.rand(1, 3, 96, 64),
+            "_auto_resize": False,
+            "max_area": 112 * 208,
+        }
+        suffix = 6 * 4
+    text = {"prompt_embeds": torch.randn(1, 9, 12), "pooled_prompt_embeds": torch.randn(1, 12)}
+    clear_notes()
+    with retrofit.patch(pipe, DenseConfig()):
+        pipe(**text, **settings)
+    grid = TokenGrid(height=7, width=13, num_prefix_tokens=9, num_suffix_tokens=suffix)
+    assert {read for _, read in DenseConfig.grids} == {grid}
+    assert len(DenseConfig.grids) == 2 * 3
