@@ -16,6 +16,7 @@ from transformers import AutoModel, BertModel
 import retrofit
 from retrofit.checkpoint import find_checkpoint, fingerprint
 from retrofit.checkpoint.manifest import MANIFEST, Manifest
+from retrofit.checkpoint.opening import load_networks
 from retrofit.checkpoint.planning import plan_patch
 from retrofit.checkpoint.proof import compare_proofs, is_identical, make_proof, repeat_proof
 from retrofit.checkpoint.saving import write_patched
@@ -323,6 +324,18 @@ def test_a_proof_repeats_itself_and_tells_patched_from_dense(name):
     again = repeat_proof(model, recipe, json.loads(json.dumps(proof)))
     assert compare_proofs(proof, again) == []
     assert is_identical(proof, again)
+
+
+@pytest.mark.parametrize("name", PROVED)
+def test_half_precision_is_proved_where_libraries_keep_some_layers_in_float32(name, tmp_path):
+    make, method, settings = PROVED[name]
+    make().to(torch.bfloat16).save_pretrained(tmp_path / "half")
+    model = load_networks(find_checkpoint(tmp_path / "half"), [""], device="cpu")
+    with retrofit.patch(model, method, **settings) as handle:
+        recipe = handle.recipe
+    (entry,) = make_proof(model, recipe, seed=3, device="cpu")["networks"]
+    assert entry["dtype"] == "bfloat16"
+    assert entry["relative_difference"] > 1e-3
 
 
 def test_a_proof_notices_another_setting_and_other_weights():

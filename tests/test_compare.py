@@ -55,6 +55,16 @@ def _latents(seed: int = 0, steps: int = 4) -> ModelInput:
     return ModelInput(name=f"latents {seed}", calls=tuple(calls))
 
 
+def test_inputs_take_the_dtype_of_most_weights_and_not_of_the_first():
+    model = tiny_models.make_wan().to(torch.bfloat16)
+    model.scale_shift_table.data = model.scale_shift_table.data.float()  # as diffusers loads it
+    assert next(model.parameters()).dtype == torch.float32
+    call = ModelCall(arguments=tiny_models.make_wan_inputs())
+    output = measure.run_input(model, ModelInput(name="clip", calls=(call,)), None)
+    assert torch.isfinite(output).all()
+    assert measure.describe_machine(model)["dtype"] == "bfloat16"
+
+
 @pytest.fixture(scope="module")
 def compared() -> Comparison:
     model = tiny_models.make_minilm()

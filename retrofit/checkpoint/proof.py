@@ -22,6 +22,7 @@ from retrofit.finite import find_nonfinite
 from retrofit.handlers import AttendAtSite
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.patching import Patch, patch
+from retrofit.placing import main_parameter
 from retrofit.recipe import Recipe
 
 log = logging.getLogger(__name__)
@@ -178,7 +179,7 @@ def _run(network: FoundNetwork, inputs: dict[str, Any]) -> Tensor:
 
 def _make_inputs(network: FoundNetwork, size: InputSize, seed: int) -> dict[str, Any]:
     """Seeded inputs where the network is, in its dtype."""
-    like = next(p for p in network.module.parameters() if p.is_floating_point())
+    like = main_parameter(network.module)
     drawn = _draw_inputs(network, size, seed)
     return {name: _cast(value, like) for name, value in drawn.items()}
 
@@ -221,8 +222,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _dtype(network: FoundNetwork) -> str:
-    like = next(p for p in network.module.parameters() if p.is_floating_point())
-    return str(like.dtype).removeprefix("torch.")
+    return str(main_parameter(network.module).dtype).removeprefix("torch.")
 
 
 def _digest(values: Tensor) -> dict[str, Any]:

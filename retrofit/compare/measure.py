@@ -17,6 +17,7 @@ from retrofit.compare.metrics import output_tensor
 from retrofit.compare.truth import TrueScene
 from retrofit.networks import FoundNetwork, find_networks
 from retrofit.patching import Patch
+from retrofit.placing import main_parameter
 from retrofit.timing import processor_name
 
 
@@ -81,7 +82,7 @@ def run_input(module: torch.nn.Module, item: ModelInput, handle: Patch | None) -
         when there are several calls; as it is when there is one.
     """
     outputs = []
-    place = next(module.parameters())
+    place = main_parameter(module)
     for call in item.calls:
         if handle is not None and call.step is not None:
             handle.at_step(*call.step, branch=call.branch)
@@ -119,7 +120,7 @@ def _to(value: Any, place: Tensor) -> Any:
 
 def describe_machine(module: torch.nn.Module) -> dict[str, Any]:
     """Device, dtype, versions, threads: what every report of a time must say."""
-    place = next(module.parameters())
+    place = main_parameter(module)
     is_cuda = place.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(place.device) if is_cuda else processor_name(),
