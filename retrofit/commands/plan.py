@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from retrofit.cost.plan import Plan
 
 SIZE = "What it would run on"
+BUSY = 0.75  # load average for each core from which other programs make times longer
 KIND_NAMES = {
     "attention": "dense attention",
     "sparse": "sparse attention",
@@ -123,6 +126,7 @@ def run(
 
 def _print(plan: Plan, network: NetworkPlan) -> None:
     from retrofit.cost.network_plan import verdict
+    from retrofit.families import FAMILIES
 
     machine = _machine(plan)
     print_lines(
@@ -149,11 +153,21 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
         here = "  (the size asked for)" if tokens == network.tokens else ""
         print_lines(f"at {tokens:>8} tokens: {speed:5.2f}x{here}")
     print_lines("", verdict(network, plan.recipe.method.name))
+    if behind := FAMILIES[network.family].behind:
+        print_lines(f"{behind} come on top, and cost the same dense and patched.")
     print_lines(
         "memory is the weights and what a call makes resident beside them and its input; the "
         "libraries of a process come on top. "
-        f"Measured for {plan.rates.seconds:.0f} s; load {machine['load']}."
+        f"Measured for {plan.rates.seconds:.0f} s; load {machine['load']}{_busy(machine)}."
     )
+
+
+def _busy(machine: Mapping[str, Any]) -> str:
+    """What a high load means for the numbers, where it is high."""
+    load, cores = machine["load"], machine["cores"]
+    if load is None or load < BUSY * (cores or 1):
+        return ""
+    return ": the machine was busy, so these times are too long. Try again when it is idle"
 
 
 def _size(network: NetworkPlan) -> str:
@@ -180,6 +194,7 @@ def _machine(plan: Plan) -> dict[str, Any]:
         "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
         "threads": torch.get_num_threads(),
         "load": load_average(),
+        "cores": os.cpu_count(),
     }
 
 
@@ -199,6 +214,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
 
 def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
     from retrofit.cost.network_plan import verdict
+    from retrofit.families import FAMILIES
 
     return {
         "name": network.name,
@@ -213,6 +229,7 @@ def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
         "speed_by_tokens": {str(n): speed for n, speed in sorted(network.elsewhere.items())},
         "break_even_tokens": network.break_even(),
         "verdict": verdict(network, plan.recipe.method.name),
+        "not_counted": FAMILIES[network.family].behind or None,
     }
 
 

@@ -32,6 +32,7 @@ class Family:
         describe: Its sites, levels and grids; must work on the meta device.
         denoises: Whether this is what a pipeline calls at every step, patched when a pipeline is.
         inputs: How to make example inputs; None means that its patches can't be proved.
+        behind: What its checkpoints run after this network, for predictions that leave it out.
     """
 
     name: str
@@ -41,6 +42,7 @@ class Family:
     describe: Callable[[nn.Module], Network]
     denoises: bool = False
     inputs: Examples | None = None
+    behind: str = ""
 
 
 def own_part(module: Any, path: str) -> Any:

@@ -56,4 +56,5 @@ FAMILY = Family(
     recognises=recognises,
     describe=describe,
     inputs=VIEWS,
+    behind="the decoders and heads",
 )

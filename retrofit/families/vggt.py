@@ -61,4 +61,5 @@ FAMILY = Family(
     recognises=recognises,
     describe=describe,
     inputs=VIEWS,
+    behind="the camera, depth and point heads",
 )

@@ -292,6 +292,21 @@ def test_the_command_prints_json(run_command, encoder):
     assert network["verdict"]
 
 
+def test_what_follows_the_network_is_named(run_command):
+    answer = run_command("plan", "rooms", "-m", "block-sparse", "--size", "32x32", "--frames", "2")
+    assert answer.code == 0, answer.err
+    assert "the camera, depth and point heads come on top" in " ".join(answer.out.split())
+
+
+@pytest.mark.parametrize(
+    ("load", "is_said"), [(None, False), (0.3, False), (1.4, False), (3.0, True)]
+)
+def test_a_busy_machine_is_told(load, is_said):
+    from retrofit.commands.plan import _busy
+
+    assert bool(_busy({"load": load, "cores": 2})) is is_said
+
+
 def test_weights_are_not_read(run_command, encoder, copy_of):
     folder = copy_of(encoder)
     for file in folder.glob("*.safetensors"):
