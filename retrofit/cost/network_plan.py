@@ -85,18 +85,21 @@ class NetworkPlan:
         return 1 / (1 - self.attention_share)
 
     def break_even(self) -> int | None:
-        """Tokens from which patching is predicted to be faster, None if nowhere that was tried.
+        """Tokens from which on patching is predicted to be faster.
 
-        0 where it is faster at every size that was tried.
+        0 where it is faster at every size that was tried; None where it is not at the largest, or
+        makes no difference anywhere.
         """
         points = sorted({**self.elsewhere, self.tokens: self.speed}.items())
-        if points[0][1] >= 1:
+        speeds = [speed for _, speed in points]
+        if speeds[-1] < 1 or max(speeds) == 1:
+            return None
+        if min(speeds) >= 1:
             return 0
-        for (small, below), (large, above) in zip(points, points[1:], strict=False):
-            if below < 1 <= above:
-                part = -math.log(below) / (math.log(above) - math.log(below))
-                return round(small * (large / small) ** part)
-        return None
+        last = max(i for i, speed in enumerate(speeds) if speed < 1)
+        (small, below), (large, above) = points[last : last + 2]
+        part = -math.log(below) / (math.log(above) - math.log(below))
+        return round(small * (large / small) ** part)
 
 
 def cost_of(traces: Sequence[tuple[Trace, int]], rates: Rates) -> Cost:
@@ -150,11 +153,16 @@ def verdict(plan: NetworkPlan, method: str) -> str:
 
 
 def _break_even_words(plan: NetworkPlan) -> str:
-    tried = sorted({*plan.elsewhere, plan.tokens})
-    between = f"{tried[0]} to {tried[-1]} tokens"
-    point = plan.break_even()
-    if point == 0:
+    points = sorted({**plan.elsewhere, plan.tokens: plan.speed}.items())
+    between = f"{points[0][0]} to {points[-1][0]} tokens"
+    speeds = [speed for _, speed in points]
+    if all(HARMS < speed < HELPS for speed in speeds):
+        return f"It makes little difference at any size that was tried ({between})."
+    if min(speeds) >= 1:
         return f"It is faster at every size that was tried ({between})."
-    if point is None:
+    if max(speeds) < 1:
         return f"It is slower at every size that was tried ({between})."
+    point = plan.break_even()
+    if point is None:
+        return f"At the largest size that was tried, {points[-1][0]} tokens, it is slower."
     return f"Break-even is near {point} tokens."

@@ -256,14 +256,26 @@ def test_break_even_lies_where_the_speed_passes_1():
 
 
 @pytest.mark.parametrize(
+    ("elsewhere", "expected"),
+    [({25: 1.0, 400: 1.0}, None), ({25: 1.0, 400: 0.7}, None), ({25: 1.1, 400: 1.2}, 0)],
+    ids=["no difference", "slower where it is large", "faster everywhere"],
+)
+def test_break_even_needs_a_gain_at_the_largest_size(elsewhere, expected):
+    plan = network_plan({"attention": 1.0}, {"sparse": 1.0}, elsewhere)
+    assert plan.break_even() == expected
+
+
+@pytest.mark.parametrize(
     ("dense", "patched", "elsewhere", "words"),
     [
         ((1.0, 1.0), (0.2, 1.0), {}, ("should make a call about 1.67x as fast", "takes 50%")),
         ((0.1, 9.9), (0.05, 9.9), {}, ("will not help here", "would give 1.01x")),
         ((1.0, 1.0), (3.0, 1.0), {}, ("will make a call slower here (0.50x", "slower at every")),
         ((1.0, 1.0), (0.2, 1.0), {25: 0.5}, ("Break-even is near",)),
+        ((1.0, 1.0), (1.0, 1.0), {25: 1.0, 400: 1.0}, ("will not help", "makes little difference")),
+        ((1.0, 1.0), (1.0, 1.0), {25: 1.0, 400: 0.7}, ("At the largest size", "400", "slower")),
     ],
-    ids=["helps", "does not help", "harms", "break-even"],
+    ids=["helps", "does not help", "harms", "break-even", "does nothing", "harms where large"],
 )
 def test_the_verdict_is_in_plain_words(dense, patched, elsewhere, words):
     plan = network_plan(
