@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -157,19 +158,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     recipe = Recipe.read(shipped_recipes()[arguments.recipe])
     scale = min(width, height) / 8 / unet.config.sample_size
 
-    def look() -> dict[str, Any]:
+    def look(name: str) -> dict[str, Any]:
         if arguments.count:
             return count_work(unet, inputs)
-        return time_call(unet, inputs, device, arguments.rounds)
+        result = time_call(unet, inputs, device, arguments.rounds)
+        print(f"{name}: {result['seconds']:.1f} s", file=sys.stderr, flush=True)
+        return result
 
     key = "teraflops" if arguments.count else "seconds"
-    dense, kinds = look(), []
+    dense, kinds = look("dense"), []
     with retrofit.patch(unet, recipe) as patch:
         for steps in kinds_of_steps(patch, scale >= recipe.method.large_scale):
             patch.at_step(steps[0], STEPS)
-            kinds.append({"first": steps[0], "steps": len(steps), **look()})
+            found = look(f"patched, step {steps[0]} and {len(steps) - 1} like it")
+            kinds.append({"first": steps[0], "steps": len(steps), **found})
     if dense.get("seconds", 0.0) < LONG:  # the first call of all also prepared the libraries
-        dense = min(dense, look(), key=lambda result: result[key])
+        dense = min(dense, look("dense, again"), key=lambda result: result[key])
     mean = sum(kind[key] * kind["steps"] for kind in kinds) / STEPS
     return {
         "unet": arguments.unet,
