@@ -93,6 +93,14 @@ def view_transformer(layers: int) -> nn.Module:
     return VGGT.from_config(config)
 
 
+def packed_transformer() -> nn.Module:
+    """FLUX.1 dev's widths with one block of two streams and one of one: 600 million parameters."""
+    from diffusers import FluxTransformer2DModel
+
+    return FluxTransformer2DModel(num_layers=1, num_single_layers=1, guidance_embeds=True)
+
+
+CIRCLES = {f"clear, radius {radius}": ("clear", {"radius": radius}) for radius in (8, 16)}
 WINDOWS = {"window": ("window", {"keep": 0.25}), "block-sparse": ("block-sparse", {"keep": 0.25})}
 VIDEO = {"freeswim": ("freeswim", {"dual_path": False, "window_size": (15, 27)}), "t3": ("t3", {})}
 
@@ -125,6 +133,12 @@ PRESETS = {
         build=models.wan_block,
         asked=AskedSize(width=832, height=480, frames=9),
         variants=VIDEO,
+    ),
+    "flux-512": Planned(
+        build=packed_transformer, asked=AskedSize(width=512, height=512), variants=CIRCLES
+    ),
+    "flux-768": Planned(
+        build=packed_transformer, asked=AskedSize(width=768, height=768), variants=CIRCLES
     ),
     "vggt-2": Planned(
         build=lambda: view_transformer(1), asked=AskedSize(width=518, height=392, frames=2)

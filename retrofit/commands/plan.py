@@ -125,7 +125,7 @@ def run(
 
 
 def _print(plan: Plan, network: NetworkPlan) -> None:
-    from retrofit.cost.network_plan import verdict
+    from retrofit.cost.network_plan import kept_words, verdict
     from retrofit.families import FAMILIES
 
     machine = _machine(plan)
@@ -153,6 +153,8 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
         here = "  (the size asked for)" if tokens == network.tokens else ""
         print_lines(f"at {tokens:>8} tokens: {speed:5.2f}x{here}")
     print_lines("", verdict(network, plan.recipe.method.name))
+    if words := kept_words(network):
+        print_lines(words)
     if behind := FAMILIES[network.family].behind:
         print_lines(f"{behind} come on top, and cost the same dense and patched.")
     print_lines(
@@ -205,6 +207,7 @@ def _as_json(plan: Plan) -> dict[str, Any]:
         patched=plan.report.patched,
         skipped=[(skip.path, skip.reason) for skip in plan.report.skipped],
         keep_asked=getattr(plan.recipe.method, "keep", None),
+        keep_measured=plan.keep_measured,
         machine={**_machine(plan), "dtype": plan.dtype},
         steps=plan.steps,
         measured_seconds=plan.rates.seconds,
@@ -228,6 +231,8 @@ def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
         "limit": network.limit,
         "speed_by_tokens": {str(n): speed for n, speed in sorted(network.elsewhere.items())},
         "break_even_tokens": network.break_even(),
+        "keep": network.kept and network.kept.needed,
+        "keep_computed": network.kept and network.kept.computed,
         "verdict": verdict(network, plan.recipe.method.name),
         "not_counted": FAMILIES[network.family].behind or None,
     }

@@ -170,28 +170,17 @@ def _halve(pattern: Pattern) -> Pattern | None:
 def _cut_blocks(args: list[Any], operation: Operation) -> list[Any]:
     """One head, then fewer query blocks."""
     block_q = args[5]
+    num_q = args[3][0].shape[2]
+    per_row = operation.flops / (math.prod(args[0].shape[:2]) * num_q)
     args[:3] = [x[:1, :1] for x in args[:3]]
-    blocks = [x[:1, :1] for x in args[3]]
-    num_q = blocks[0].shape[2]
-    per_row = operation.flops / (math.prod(_heads_of(operation, args)) * num_q)
+    blocks = [x[:1, :1] for x in args[3][:3]]
     keep = max(1, min(num_q, int(2 * MOST_FLOPS / per_row)))
     args[0] = args[0][:, :, : keep * block_q]
-    args[3] = [x[:, :, :keep] for x in blocks]
+    args[3] = [*(x[:, :, :keep] for x in blocks), *args[3][3:]]  # the table of masks as it is
     mask = args[4]
     if mask is not None:
         args[4] = mask[:1, :1, : keep * block_q if mask.shape[2] > 1 else 1]
     return args
-
-
-def _heads_of(operation: Operation, args: Sequence[Any]) -> tuple[int]:
-    """Heads times batch that an operation had, from its FLOPs and what one head of it has."""
-    block_q, block_k = args[5], args[6]
-    blocks = args[3]
-    listed = len(blocks) > 1
-    width = blocks[0].shape[-1] * block_k
-    seen = min(width, args[1].shape[2]) if listed else args[1].shape[2]
-    one = 2.0 * blocks[0].shape[2] * block_q * seen * (args[1].shape[3] + args[2].shape[3])
-    return (max(1, round(operation.flops / one)),)
 
 
 class Pool:
@@ -216,15 +205,17 @@ class Pool:
         def value(x: Any) -> Any:
             if isinstance(x, torch.device):
                 return torch.device(self.device)
-            if not _is_tensor(x) or not x.is_meta:
+            if not _is_tensor(x):
                 return x
+            if not x.is_meta:
+                return x.to(self.device)
             return self._take(x, is_weight=x is weight)
 
         filled: tuple[Any, dict[str, Any]] = tree_map(value, (example.args, dict(example.kwargs)))
         args, kwargs = filled
         if kwargs.get("device") is not None:
             kwargs["device"] = torch.device(self.device)
-        if operation.name == "block_sparse_attention":
+        if operation.name == "block_sparse_attention" and example.args[3][0].is_meta:
             args = _with_lists(args)
         return Example(example.function, tuple(args), kwargs)
 

@@ -7,12 +7,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from retrofit.cost.heap import is_simulated, resident_peak
+from retrofit.cost.kept import Kept
 from retrofit.cost.rates import Rates
 from retrofit.cost.trace import Trace
 from retrofit.families.examples import InputSize
 
 HELPS = 1.05  # predicted speed from which patching is said to help
 HARMS = 0.95
+SAME = 0.005  # relative difference of shares that is not worth a word
 CALLS = "calls"
 KINDS = ("attention", "sparse", "product", "convolution", "memory", CALLS)
 
@@ -58,6 +60,7 @@ class NetworkPlan:
         dense: Cost of a call.
         patched: Mean cost of a call over the denoising steps.
         elsewhere: Predicted speed at other sizes, by tokens of the largest attention call.
+        kept: Query-key pairs at the patched sites, None where none is patched.
     """
 
     name: str
@@ -67,6 +70,7 @@ class NetworkPlan:
     dense: Cost
     patched: Cost
     elsewhere: Mapping[int, float]
+    kept: Kept | None = None
     latent_scale: tuple[int, int] = (1, 1)
 
     @property
@@ -150,6 +154,23 @@ def verdict(plan: NetworkPlan, method: str) -> str:
             f"{limit}"
         )
     return f"{said}. {_break_even_words(plan)}"
+
+
+def kept_words(plan: NetworkPlan) -> str:
+    """How many query-key pairs are kept, and how many are computed; empty where none is patched."""
+    kept = plan.kept
+    if kept is None:
+        return ""
+    where = f"at its {kept.sites} sites" if kept.sites > 1 else "at its site"
+    if kept.needed is None:
+        return (
+            f"Which query-key pairs are kept {where} depends on their values; the work is counted "
+            f"for {kept.computed:.1%}, the most there can be."
+        )
+    said = f"{kept.needed:.1%} of the query-key pairs {where} are kept"
+    if math.isclose(kept.needed, kept.computed, rel_tol=SAME):
+        return f"{said}."
+    return f"{said}; the work is that of {kept.computed:.1%}, which its kernels compute."
 
 
 def _break_even_words(plan: NetworkPlan) -> str:

@@ -11,6 +11,7 @@ import torch
 from retrofit.checkpoint import Checkpoint
 from retrofit.checkpoint.opening import build_networks, check_weights, dtype_to_run
 from retrofit.cost.dtypes import set_dtype
+from retrofit.cost.kept import kept_by
 from retrofit.cost.network_plan import NetworkPlan, cost_of, seconds_of
 from retrofit.cost.rates import Rates, measure_rates
 from retrofit.cost.sizes import AtSize, trace_sizes
@@ -44,6 +45,13 @@ class Plan:
     device: str
     dtype: str
     rates: Rates
+
+    @property
+    def keep_measured(self) -> float | None:
+        """Mean share of the query-key pairs that patched networks keep, None if not known."""
+        kept = [network.kept.needed for network in self.networks if network.kept is not None]
+        known = [needed for needed in kept if needed is not None]
+        return sum(known) / len(known) if known and len(known) == len(kept) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,6 +176,7 @@ def _plan(
         tokens=here.tokens,
         dense=cost_of([(here.dense, 1)], rates),
         patched=cost_of(here.patched, rates),
+        kept=kept_by(here.patched),
         elsewhere={
             other.tokens: sum(seconds_of([(other.dense, 1)], rates).values())
             / sum(seconds_of(other.patched, rates).values())

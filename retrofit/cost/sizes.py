@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from retrofit.cost.kept import watching
 from retrofit.cost.trace import Trace, tracing
 from retrofit.errors import InputError, RetrofitError
 from retrofit.families.examples import InputSize
@@ -21,7 +23,8 @@ from retrofit.patching import Patch, patch
 if TYPE_CHECKING:
     from retrofit.cost.plan import Request
 
-PROBES = (0.25, 0.5, 2.0, 4.0)  # times the tokens of the size asked for
+UNITS = (16, 14, 8, 7, 4, 2)  # of rows and columns: patches, and halvings inside a network
+PROBES = (0.25, 0.5, 2.0, 4.0)  # times the area, or the text's length, of the size asked for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,8 @@ class AtSize:
     """Traces of one network at one size.
 
     Attributes:
-        tokens: Queries of its largest attention call.
+        tokens: Queries of its largest attention call, those that no size changes (text, registers)
+            included.
         dense: One call.
         patched: The different calls of a run, each with how many steps it stands for.
     """
@@ -48,40 +52,41 @@ def trace_sizes(
     target: Any, network: FoundNetwork, report: NetworkReport, request: Request
 ) -> list[AtSize]:
     """The size asked for, then others that the network takes."""
-    tokens = max((row.tokens for row in report.sites), default=0)
-    sizes = [(report.size, tokens)]
-    sizes += [(other, round(tokens * factor)) for other, factor in _other_sizes(report.size)]
-    found = []
-    for size, expected in sizes:
-        try:
-            found.append(_trace_size(target, network, size, expected, request))
-        except (RetrofitError, RuntimeError, ValueError):
+    found = {report.size: _trace_size(target, network, report.size, request)}
+    for candidates in _other_sizes(report.size):
+        for size in candidates:
+            if size in found:
+                continue
             # a size that the network does not take tells nothing about break-even
-            if size == report.size:
-                raise
-    return found
+            with suppress(RetrofitError, RuntimeError, ValueError):
+                found[size] = _trace_size(target, network, size, request)
+                break
+    return list(found.values())
 
 
-def _other_sizes(size: InputSize) -> Iterator[tuple[InputSize, float]]:
-    """Smaller and larger inputs, with the factor on the tokens."""
+def _other_sizes(size: InputSize) -> Iterator[list[InputSize]]:
+    """Smaller and larger inputs, each in several roundings: not all may fit the network."""
     for factor in PROBES:
         if size.tokens:
-            yield replace(size, tokens=max(1, round(size.tokens * factor))), factor
+            yield [replace(size, tokens=max(1, round(size.tokens * factor)))]
             continue
         side = math.sqrt(factor)
-        height, width = (_rounded(n * side, n) for n in (size.height, size.width))
-        yield replace(size, height=height, width=width), height * width / size.height / size.width
+        roundings = [
+            [_rounded(n * side, n, unit) for n in (size.height, size.width)] for unit in UNITS
+        ]
+        yield [
+            replace(size, height=height, width=width)
+            for height, width in dict.fromkeys(map(tuple, roundings))
+        ]
 
 
-def _rounded(length: float, like: int) -> int:
-    """Near `length`, divisible by the largest power of two, up to 16, that divides `like`."""
-    unit = next((n for n in (16, 14, 8, 7, 4, 2) if like % n == 0), 1)
+def _rounded(length: float, like: int, largest: int) -> int:
+    """Near `length`, divisible by the first of `UNITS`, from `largest` on, that divides `like`."""
+    unit = next((n for n in UNITS[UNITS.index(largest) :] if like % n == 0), 1)
     return max(unit, round(length / unit) * unit)
 
 
-def _trace_size(
-    target: Any, network: FoundNetwork, size: InputSize, tokens: int, request: Request
-) -> AtSize:
+def _trace_size(target: Any, network: FoundNetwork, size: InputSize, request: Request) -> AtSize:
     examples = network.family.inputs
     if examples is None:
         raise InputError(f"{network.where('')}: family {network.family.name} has no inputs.")
@@ -99,7 +104,7 @@ def _trace_size(
     ) as handle:
         steps = request.steps if network.family.denoises else 1
         patched = _trace_steps(network, handle, inputs, steps)
-    return AtSize(tokens=tokens, dense=dense, patched=patched)
+    return AtSize(tokens=dense.tokens, dense=dense, patched=patched)
 
 
 def _trace_steps(
@@ -116,8 +121,9 @@ def _trace_steps(
         key = tuple(sorted((name, value) for name, value in values if "shift" not in name))
         counts[key] += 1
         if key not in traces:
-            with tracing(network.module) as traces[key]:
+            with tracing(network.module) as trace, watching(handle, trace):
                 network.module(**inputs)
+            traces[key] = trace
     return [(traces[key], counts[key]) for key in traces]
 
 

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,6 +25,7 @@ from torch.utils.flop_counter import flop_registry
 from retrofit.cost.heap import Event
 
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm")
+SPARSE_KINDS = ("attention", "sparse")  # what may stand where dense attention stood
 OURS = ("block_sparse_attention", "grid_window")
 FREE = ("empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided", "lift_fresh")
 
@@ -67,6 +68,18 @@ class Example:
     kwargs: Mapping[str, Any]
 
 
+class SitePairs(NamedTuple):
+    """Of the query-key pairs of one attention call, which fraction there is of.
+
+    Attributes:
+        needed: What the method keeps, NaN where that depends on values.
+        computed: What the counted work is of.
+    """
+
+    needed: float
+    computed: float
+
+
 def _without_storage(example: Example) -> Example:
     """The same arguments in tensors of their own, so that those of the call can be let go."""
 
@@ -88,6 +101,8 @@ class Trace:
         counts: How often each operation ran.
         examples: For each family and point, arguments of its largest operation.
         operators: How many were called, views included.
+        tokens: Queries of the largest call of dense attention.
+        sites: What each patched attention call keeps.
         weight_bytes: Of parameters and buffers.
         peak_bytes: Most memory held at once, weights included.
         events: What the call allocated and freed, weights left out.
@@ -96,6 +111,8 @@ class Trace:
     counts: Counter[Operation] = field(default_factory=Counter)
     examples: dict[tuple[Any, ...], tuple[Operation, Example]] = field(default_factory=dict)
     operators: int = 0
+    tokens: int = 0
+    sites: list[SitePairs] = field(default_factory=list)
     weight_bytes: int = 0
     peak_bytes: int = 0
     events: list[Event] = field(default_factory=list)
@@ -193,6 +210,7 @@ class _Attention(TorchFunctionMode):
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
         operation = attention_operation(query, key, value, masked=mask is not None)
         self.trace.operators += 1
+        self.trace.tokens = max(self.trace.tokens, query.shape[-2])
         if operation.flops:
             self.trace.add(operation, Example(scaled_dot_product_attention, args, kwargs))
         return query.new_empty(*query.shape[:-1], value.shape[-1])
@@ -231,8 +249,7 @@ class _Operations(TorchDispatchMode):
         out = func(*args, **kwargs)
         outputs = [x for x in tree_flatten(out)[0] if isinstance(x, Tensor)]
         for tensor in outputs:
-            if tensor.is_meta:
-                self.memory.hold(tensor)
+            self.memory.hold(tensor)
         name = func.overloadpacket.__name__
         if name == "convolution":
             self.memory.pass_through(_reordered(args, outputs[0]))

@@ -38,7 +38,10 @@ class Operator(Protocol):
         ...
 
     def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """Fraction of query-key pairs that this call computes, 1.0 when dense."""
+        """Fraction of query-key pairs that this call keeps, 1.0 when dense.
+
+        NaN for tensors on meta, if it depends on their values.
+        """
         ...
 
 
@@ -94,6 +97,8 @@ class Method:
         paper: Where it was published.
         lossy: What happens to the output.
         helps: From what size on it is worth its cost.
+        idle: Why it may change nothing at all.
+        acts_with: What to set that it does, a larger size aside.
         alternatives: Groups of settings of which one is given; setting another takes its place.
     """
 
@@ -101,6 +106,8 @@ class Method:
     summary: ClassVar[str]
     paper: ClassVar[str]
     helps: ClassVar[str] = ""
+    idle: ClassVar[str] = "every token sees all that it sees in the dense model"
+    acts_with: ClassVar[str] = ""
     lossy: ClassVar[str] = "lossy: the output differs from the dense model's"
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
 
@@ -126,6 +133,17 @@ class Method:
     ) -> Mapping[str, int]:
         """Integers for the step that `state` has just entered; runs outside traced code."""
         return {}
+
+    def explain_no_change(self, where: str, what: str = "this recipe") -> str:
+        """One line for people whose patch changed nothing; see `Patch.changes_nothing`.
+
+        Args:
+            where: The size that was run: `512x512`, `256 tokens`.
+            what: What they call the patch.
+        """
+        larger = "" if getattr(self, "keep", None) == 1 else "a larger size"
+        advice = " or ".join(filter(None, (larger, self.acts_with)))
+        return f"{what} changes nothing at {where}: {self.idle}. Take {advice}."
 
     def handlers(self, network: Network, state: RunState) -> Sequence[tuple[str, Handler]]:
         """Further handlers by module path (`""` is the network itself), outermost first."""

@@ -9,6 +9,7 @@ only where that block is chosen (`upstream_selection`). `borders`, `dropped`,
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
@@ -64,9 +65,8 @@ class BlockSparseConfig(Method):
     name: ClassVar[str] = "block-sparse"
     summary: ClassVar[str] = "each block of queries attends to the blocks of keys that matter to it"
     paper: ClassVar[str] = "https://arxiv.org/abs/2509.07120"
-    helps: ClassVar[str] = (
-        "from a few thousand tokens; below that there are too few blocks to choose from"
-    )
+    helps: ClassVar[str] = "from a few thousand tokens, below which there are few blocks to choose"
+    acts_with: ClassVar[str] = "a smaller keep or block_size"
 
     keep: float | None = 0.5
     mass: float | None = None
@@ -223,8 +223,11 @@ class BlockSparse:
     def keep_fraction(self, query: Tensor, key: Tensor) -> float:
         """Fraction of the pairs of visible tokens that the latest call computed.
 
-        A dropped block that is seen as its mean counts as one key.
+        A dropped block that is seen as its mean counts as one key. NaN on meta, where nothing is
+        chosen.
         """
+        if query.is_meta:
+            return math.nan
         parts = self.arrange(query, key, None)
         block_map = self.choose_blocks(query, key) if self.block_map is None else self.block_map
         real = self.real

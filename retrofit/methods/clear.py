@@ -49,6 +49,7 @@ class ClearConfig(Method):
     helps: ClassVar[str] = (
         "from pictures of 1024x1024 on (64x64 tokens), and on weights distilled for it"
     )
+    acts_with: ClassVar[str] = "a smaller radius"
     lossy: ClassVar[str] = (
         "lossy: the paper distils the weights for it; without that the output degrades, the more "
         "the smaller the radius"
@@ -187,7 +188,9 @@ class Circles:
         side = self.config.pool
         num_pooled = 0 if side is None else self.grid.num_grid_tokens // side**2
         num_others = self.grid.num_special_tokens + num_pooled
-        circles = circle_lists(self.grid, self.config.radius, num_others, query.device)
+        # on meta the lists keep their values, from which the tiles that are visited are counted
+        place = torch.device("cpu") if query.is_meta else query.device
+        circles = circle_lists(self.grid, self.config.radius, num_others, place)
         rows = tokens[circles.tokens]
         columns = torch.cat([rows, special])
         mask = attn_mask
@@ -238,8 +241,8 @@ class Circles:
     def keep_fraction(self, query: Tensor, key: Tensor) -> float:
         """A token sees the keys in its circle, those of special tokens and the pooled ones."""
         _, height, width = self.grid.shape
-        down = torch.arange(-height + 1, height)
-        right = torch.arange(-width + 1, width)
+        down = torch.arange(-height + 1, height, device="cpu")
+        right = torch.arange(-width + 1, width, device="cpu")
         near = down[:, None] ** 2 + right**2 < self.config.radius**2
         pairs = (near * (height - down.abs())[:, None] * (width - right.abs())).sum().item()
         kept = kept_pairs(self.grid, pairs / (height * width) ** 2 / self.grid.frames)
