@@ -12,7 +12,7 @@ from retrofit.errors import InterceptionError, NonFiniteError, RetrofitError, Un
 from retrofit.finite import is_finite
 from retrofit.grid import TokenGrid
 from retrofit.intercept import Forward, FunctionMode
-from retrofit.methods.base import Method
+from retrofit.methods.base import DENSE, Method
 from retrofit.run_state import RunState
 from retrofit.sites import AttentionSite, GridReader, ValueReader
 
@@ -59,11 +59,19 @@ class ReadGrid:
 
 
 class SiteCounts:
-    """What a site's eager calls did; calls inside a compiled graph are not counted."""
+    """What a site's eager calls did; calls inside a compiled graph are not counted.
+
+    Attributes:
+        patched: Calls that the method took.
+        changed: Those of them that it did not run just as the dense model does.
+        dense: Calls that it left alone.
+        keep: Fraction of the pairs that each measured call kept.
+    """
 
     def __init__(self) -> None:
         """Start at zero."""
         self.patched = 0
+        self.changed = 0
         self.dense = 0
         self.keep: list[float] = []
 
@@ -146,6 +154,7 @@ class AttendAtSite:
         out = operator(query, key, value, attn_mask=attn_mask, is_causal=is_causal, scale=scale)
         if not torch.compiler.is_compiling():
             self.counts.patched += 1
+            self.counts.changed += operator is not DENSE
             if self.measure or self.check_finite:
                 self._observe(operator, query, key, out)
         return out
@@ -177,6 +186,7 @@ class GuardRoot:
     Attributes:
         where: Name of the network, for messages.
         installed: The recipe and the report of the patch, from which `patch_of` makes a handle.
+        calls: Eager calls so far.
     """
 
     def __init__(
@@ -194,6 +204,7 @@ class GuardRoot:
         self.method = method
         self.sites = sites
         self.busy = False
+        self.calls = 0
 
     def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         """Run the network.
@@ -220,6 +231,7 @@ class GuardRoot:
                 "serves one call at a time: give every thread its own copy."
             )
         self.busy = True
+        self.calls += 1
         try:
             out = inner(*args, **kwargs)
             if not is_finite(out):

@@ -110,6 +110,20 @@ class Patch:
         kept = [keep for site in self.sites.values() for keep in site.counts.keep]
         return sum(kept) / len(kept) if kept else None
 
+    def changes_nothing(self) -> bool:
+        """Whether all that has been run so far was just what the dense model does.
+
+        By what every site and module did, not by times or outputs. False before the first call,
+        and where a compiled graph hides what was done.
+        """
+        ran = [root for root in self.roots if root.calls]
+        counts = [site.counts for root in ran for site in root.sites]
+        return (
+            bool(ran)
+            and not self.state.acted
+            and all((n.patched or n.dense) and not n.changed for n in counts)
+        )
+
     def remove(self) -> None:
         """Undo everything; the model is bit for bit what it was. Doing it twice is harmless."""
         for module in self.modules:

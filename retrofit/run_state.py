@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from retrofit.errors import ConfigError
@@ -33,6 +34,8 @@ class RunState:
             known early; the one moment at which a schedule may draw from a global generator.
         values: Integers that methods derived for this step; all that traced code may read.
         store: Tensors kept from one call to a later one; dropped when a run begins or ends.
+        acted: Whether something but attention was changed in an eager call (features halved, a row
+            added); sites count their own.
     """
 
     def __init__(self) -> None:
@@ -44,6 +47,7 @@ class RunState:
         self.at_model_input = False
         self.values: dict[str, int] = {"known": 0}
         self.store: dict[str, Tensor] = {}
+        self.acted = False
         self.schedules: list[Schedule] = []
         self._scheduler: weakref.ref[Any] | None = None
         self._pipeline: weakref.ref[Any] | None = None
@@ -79,6 +83,11 @@ class RunState:
         if branch != self.branch:
             self.branch = branch
             self._derive()
+
+    def note_acted(self) -> None:
+        """Something but attention is changed in this call; inside a graph it is not noted."""
+        if not torch.compiler.is_compiling():
+            self.acted = True
 
     def end(self) -> None:
         """No run is known any more."""

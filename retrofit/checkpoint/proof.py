@@ -106,10 +106,11 @@ def _probe(target: Any, recipe: Recipe, network: FoundNetwork, seed: int) -> dic
             result = _run_both(target, recipe, network, size, seed)
             if result["relative_difference"] > UNCHANGED:
                 return result
+    unit = " latents" if network.family.denoises else ""
     raise UnsupportedError(
-        f"{network.where('')}: {recipe.method.name} changes nothing at the probe size (tried up to "
-        f"{sizes[-1]}): every site keeps all of its work there. Set a smaller keep or window, or, "
-        "if it is meant for larger inputs only, use --no-proof."
+        f"{network.where('')}: "
+        + recipe.method.explain_no_change(f"up to {sizes[-1]}{unit}, the largest size of a proof")
+        + " A patch that is for larger inputs only is written with --no-proof."
     )
 
 

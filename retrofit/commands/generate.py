@@ -92,8 +92,8 @@ def run(
     $ retrofit generate --prompt "a red star" --size 256x256 --method hidiffusion -o large.png
     unet2d: hidiffusion: patched 5 of 32 attention sites
     wrote large.png: 256x256, seed 0, 5.2 s
-    denoising: 4.8 s, dense 4.7 s (25 calls of 0.19 s, as 2 timed after this run): 0.1 s (2%)
-    lost: at this size the patch does not pay
+    denoising: 4.8 s, dense 4.7 s (25 calls of 0.19 s, as 2 timed after this run): no difference
+    beyond what two runs of the same work differ by
 
     $ retrofit generate sdxl/ -p "a lighthouse" --size 2048x2048 -m hidiffusion --preview -o x.png
     $ retrofit generate sd15/ --prompt-file prompts.txt -n 4 --seed 7 -o out.png
@@ -170,6 +170,7 @@ def _generate(
                 picture.save(file)
                 done.append((file, picture))
                 raise_if_interrupted()
+            idle = generator.explain_no_change()
             saved = generator.time_saved() if saving else None
     except KeyboardInterrupt:
         left = len(files) - len(done)
@@ -178,6 +179,6 @@ def _generate(
             f"stopped: {count(left, 'picture')} not made; finished: {kept}"
         ) from None
     if as_json:
-        print_json(show_json(generator, opened, done, saved))
+        print_json(show_json(generator, opened, done, saved, idle))
     else:
-        print_lines(*describe(generator, opened, done, saved))
+        print_lines(*describe(generator, opened, done, saved, idle))

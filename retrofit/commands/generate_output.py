@@ -20,6 +20,11 @@ if TYPE_CHECKING:
     from retrofit.generate.watching import TimeSaved
 
 LONG = 60.0  # seconds from which on a run's time is said before it
+DIFFERENCES = {
+    "saved": "{} ({:.0%}) saved",
+    "lost": "{} ({:.0%}) lost: at this size the patch does not pay",
+    "alike": "no difference beyond what two runs of the same work differ by",
+}
 LINES = 10  # of progress for each picture, where there is no terminal
 Done = list[tuple[Path, "Picture"]]
 
@@ -82,8 +87,10 @@ def _spell(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
-def describe(generator: Generator, opened: Any, done: Done, saved: TimeSaved | None) -> list[str]:
-    """Lines for people."""
+def describe(
+    generator: Generator, opened: Any, done: Done, saved: TimeSaved | None, idle: str | None
+) -> list[str]:
+    """Lines for people; `idle` says that the patch changed nothing."""
     lines = []
     if opened.handle is not None:
         report = opened.handle.report
@@ -97,13 +104,14 @@ def describe(generator: Generator, opened: Any, done: Done, saved: TimeSaved | N
             f"{picture.seconds:.1f} s" + (f" for {together} at once" if together > 1 else "")
         )
     if saved is not None:
-        what = "saved" if saved.seconds >= 0 else "lost: at this size the patch does not pay"
+        what = DIFFERENCES[saved.verdict].format(f"{abs(saved.seconds):.1f} s", abs(saved.fraction))
         lines.append(
             f"denoising: {saved.patched_seconds:.1f} s, dense {saved.dense_seconds:.1f} s "
             f"({saved.calls} calls of {saved.dense_call_seconds:.2f} s, "
-            f"as {saved.dense_calls} timed after this run): "
-            f"{abs(saved.seconds):.1f} s ({abs(saved.fraction):.0%}) {what}"
+            f"as {saved.dense_calls} timed after this run): {what}"
         )
+    if idle is not None:
+        lines.append(idle)
     if len(done) == 1:
         file = done[0][0]
         again = shlex.join(["--like", str(file), "-o", str(_free_name("again"))])
@@ -122,6 +130,7 @@ def as_json(
     opened: Any,
     done: Done,
     saved: TimeSaved | None,
+    idle: str | None,
 ) -> dict[str, Any]:
     """The object of --json."""
     handle = opened.handle
@@ -150,7 +159,9 @@ def as_json(
             "dense_seconds": saved.dense_seconds,
             "seconds": saved.seconds,
             "fraction": saved.fraction,
+            "verdict": saved.verdict,
         },
+        changes_nothing=idle is not None,
     )
 
 

@@ -193,6 +193,7 @@ def _describe(
     if reasons:
         lines.append("left dense: " + ", ".join(f"{n} {why}" for why, n in reasons.items()))
     lines += [_describe_proof(entry, proof) for entry in (proof or {}).get("networks", [])]
+    lines += _idle_at_training_size(plan, proof)
     if out is None:
         seen = (
             "" if plan.has_weights else "; there are no weights here, only configs were looked at"
@@ -206,6 +207,27 @@ def _describe(
         f"wrote {out}: {count(number, 'file')}, {format_bytes(plan.num_bytes)}, {seconds:.1f} s",
         f"next: retrofit verify {shlex.quote(_as_path(out))}",
     ]
+
+
+def _idle_at_training_size(plan: Plan, proof: dict[str, Any] | None) -> list[str]:
+    """A line where a proof needed more than the size that a network was trained at."""
+    from retrofit.families.examples import InputSize
+
+    sizes = {
+        entry["name"]: InputSize(**entry["size"])
+        for entry in (proof or {"networks": ()})["networks"]
+    }
+    lines = []
+    for network, _ in plan.handle.networks:
+        examples = network.family.inputs
+        if examples is None or network.name not in sizes:
+            continue
+        native, tried = examples.native(network.module), examples.probes(network.module)
+        if native in tried and tried.index(sizes[network.name]) > tried.index(native):
+            unit = " latents" if network.family.denoises else ""
+            where = f"{native}{unit}, the training size"
+            lines.append(plan.recipe.method.explain_no_change(where))
+    return lines
 
 
 def _as_path(out: Path) -> str:

@@ -223,6 +223,7 @@ class _Run:
             keep_by_site=self.kept[name],
             truth_change=self.views[name].change(self.views[DENSE]) if self.views else {},
             calls=self.calls[name],
+            changes_nothing=handle.changes_nothing(),
             metrics={m.name: Spread(values=tuple(self._values(name, m))) for m in self.metrics},
         )
 

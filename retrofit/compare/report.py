@@ -56,6 +56,7 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
         "keep_by_site": dict(row.keep_by_site),
         "truth_change": {name: vars(change) for name, change in row.truth_change.items()},
         "calls": dict(row.calls),
+        "changes_nothing": row.changes_nothing,
         "metrics": {
             name: {**spread.to_dict(), "values": list(spread.values)}
             for name, spread in row.metrics.items()
@@ -64,8 +65,15 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
 
 
 def verdict(comparison: Comparison) -> str:
-    """One line: what is gained, and what it costs."""
-    best = max(comparison.variants, key=lambda row: row.speed.median)
+    """One line: what is gained, and what it costs.
+
+    A variant that changes nothing has no speed: what was measured of it is noise.
+    """
+    idle = " ".join(_idle_words(comparison))
+    acting = [row for row in comparison.variants if not row.changes_nothing]
+    if not acting:
+        return idle
+    best = max(acting, key=lambda row: row.speed.median)
     speed = best.speed
     judged = judge_speed(speed)
     if judged == "faster":
@@ -94,7 +102,18 @@ def verdict(comparison: Comparison) -> str:
         )
     if comparison.noisy:
         parts.append("the machine was busy, so take the times with care")
-    return "; ".join(parts) + "."
+    return f"{'; '.join(parts)}.{f' {idle}' if idle else ''}"
+
+
+def _idle_words(comparison: Comparison) -> list[str]:
+    """A sentence for every variant that changes nothing."""
+    tokens = comparison.tokens
+    where = "this size" if tokens is None else f"{tokens} tokens"
+    return [
+        row.recipe.method.explain_no_change(where, row.name)
+        for row in comparison.variants
+        if row.changes_nothing and row.recipe is not None
+    ]
 
 
 def judge_speed(speed: Spread) -> Literal["faster", "slower", "alike"]:

@@ -29,6 +29,7 @@ class Row:
         keep_by_site: The same for each of them.
         calls: Attention calls of the patched sites that ran `patched` and `dense` (too short,
             or decoding) while the kept fraction was measured.
+        changes_nothing: Whether those calls, and all else, ran just as in the dense model.
         metrics: By name, one value an input against the dense output; empty for dense.
         truth: By name, over all scenes whose truth is known; empty where none is.
         truth_change: The same against dense's; empty for dense.
@@ -44,6 +45,7 @@ class Row:
     keep_measured: float | None = None
     keep_by_site: Mapping[str, float] = field(default_factory=dict)
     calls: Mapping[str, int] = field(default_factory=dict)
+    changes_nothing: bool = False
     metrics: Mapping[str, Spread] = field(default_factory=dict)
     truth: Mapping[str, float] = field(default_factory=dict)
     truth_change: Mapping[str, Change] = field(default_factory=dict)

@@ -150,13 +150,26 @@ class Generator:
             watch = watch_denoiser(opened.pipeline)
             return run_batch(opened, request, watch, "preview", progress)[0]
 
+    def explain_no_change(self) -> str | None:
+        """One line if the pictures made are what the dense model makes; to be asked after them."""
+        handle = None if self._opened is None else self._opened.handle
+        if handle is None or not handle.changes_nothing():
+            return None
+        size = f"{self.request.width}x{self.request.height}"
+        return handle.recipe.method.explain_no_change(size)
+
     def time_saved(self) -> TimeSaved | None:
-        """What the patch saved, by dense calls after the run; None if there is no patch."""
+        """What the patch saved, by dense calls after the run.
+
+        None if there is no patch, or one that changes nothing.
+        """
         from retrofit.generate.pipelines import without_patch
         from retrofit.generate.watching import TimeSaved
 
         watch, opened = self._watch, self._opened
         if watch is None or opened is None or opened.handle is None or watch.last is None:
+            return None
+        if opened.handle.changes_nothing():
             return None
         with without_patch(opened):
             dense = watch.time_last_again()
@@ -166,4 +179,5 @@ class Generator:
             patched_seconds=sum(watch.seconds),
             dense_call_seconds=sum(dense) / len(dense),
             dense_calls=len(dense),
+            dense_spread=(max(dense) - min(dense)) * len(dense) / sum(dense),
         )

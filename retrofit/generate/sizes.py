@@ -151,7 +151,7 @@ def explain_size(request: Request, checkpoint: Checkpoint) -> str | None:
     parameters = request.recipe.get("parameters", {})
     if request.recipe.get("method") != "hidiffusion" or not parameters.get("raunet"):
         return None
-    if area <= 1:
+    if area <= 1 and parameters.get("windows"):
         return f"at or below {native[0]}x{native[1]} hidiffusion halves nothing, only windows act."
     fractions = (*parameters["first_steps"], *parameters["second_steps"])
     if request.steps is not None and int(request.steps * max(fractions)) < 1:

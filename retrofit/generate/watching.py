@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from retrofit.errors import NonFiniteError
 from retrofit.finite import find_nonfinite, is_finite
 
 AGAIN = 3  # dense calls at the end, at most
+ALIKE = 0.05  # part of the dense time by which two runs of the same work differ
 DTYPES = "Try --dtype float32 or bfloat16 instead of float16."
 
 
@@ -30,12 +31,14 @@ class TimeSaved:
         patched_seconds: All of them, as measured.
         dense_call_seconds: Mean of the dense calls on the inputs of the last, after the run.
         dense_calls: How many these were.
+        dense_spread: The longest less the shortest of them, as a part of their mean.
     """
 
     calls: int
     patched_seconds: float
     dense_call_seconds: float
     dense_calls: int = 1
+    dense_spread: float = 0.0
 
     @property
     def dense_seconds(self) -> float:
@@ -51,6 +54,13 @@ class TimeSaved:
     def fraction(self) -> float:
         """The same as a part of the dense time."""
         return self.seconds / self.dense_seconds
+
+    @property
+    def verdict(self) -> Literal["saved", "lost", "alike"]:
+        """What may be said of it: `alike` where it is no more than equal runs differ by."""
+        if abs(self.fraction) <= max(ALIKE, self.dense_spread):
+            return "alike"
+        return "saved" if self.seconds > 0 else "lost"
 
 
 @dataclass(kw_only=True)

@@ -18,7 +18,8 @@ from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.grid import TokenGrid
 from retrofit.intercept import Forward, Handler
 from retrofit.kernels import neighborhood_attention
-from retrofit.methods.base import Method, Operator
+from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.window_sizes import covers
 from retrofit.run_state import RunState
 from retrofit.sites import AttentionSite, Network
 
@@ -49,6 +50,7 @@ class FreeSwimConfig(Method):
     helps: ClassVar[str] = (
         "above the training size of the checkpoint (480x832 for Wan 2.1 1.3B); never below it"
     )
+    acts_with: ClassVar[str] = "a smaller window_size"
 
     window_size: tuple[int, int] = (31, 53)
     dual_path: bool = True
@@ -121,6 +123,8 @@ class FreeSwimConfig(Method):
         if self.temperature_tokens:
             ratio = math.log(self.temperature_tokens) / math.log(self.temperature_base)
             scale = math.sqrt(ratio / site.head_dim)
+        elif mode == WINDOW and covers(grid.shape, (grid.frames, *self.window_size)):
+            return DENSE
         return _WindowRows(grid=grid, window_size=self.window_size, mode=mode, own_scale=scale)
 
     def _present_mode(self, state: RunState, network: str) -> int:
@@ -144,6 +148,7 @@ class _AddGuideRow:
     def __call__(self, inner: Forward, /, *args: Any, **kwargs: Any) -> Any:
         if self.config._present_mode(self.state, self.network) not in (DUAL, FILL):
             return inner(*args, **kwargs)
+        self.state.note_acted()
         batch = (args[0] if args else kwargs["hidden_states"]).shape[0]
         doubled = [_double(value, batch) for value in args]
         out = inner(*doubled, **{name: _double(value, batch) for name, value in kwargs.items()})

@@ -53,6 +53,8 @@ class HiDiffusionConfig(Method):
     summary: ClassVar[str] = "pictures at 2-4x the training size, without training (UNets)"
     paper: ClassVar[str] = "https://arxiv.org/abs/2311.17528"
     helps: ClassVar[str] = "above the training size (512x512 for SD 1.x, 1024x1024 for SDXL)"
+    idle: ClassVar[str] = "its windows are off, and no feature is halved at this size and step"
+    acts_with: ClassVar[str] = "windows set to true"
 
     windows: bool = True
     raunet: bool = True

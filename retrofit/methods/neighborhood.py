@@ -55,6 +55,7 @@ class NeighborhoodConfig(Method):
     helps: ClassVar[str] = (
         "where the window is a small part of each axis: large pictures, long videos and texts"
     )
+    acts_with: ClassVar[str] = "a smaller window_size or keep"
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("window_size", "keep"),)
 
     window_size: int | Size | None = None

@@ -123,6 +123,7 @@ class _Root:
         latent = argument(args, kwargs, 0, "sample")
         self.halving.latent = (latent.shape[-2], latent.shape[-1])
         if self.halving.acts("conv") or self.halving.acts("block"):
+            self.halving.state.note_acted()
             kwargs = self._fit_residuals(kwargs)
         return inner(*args, **kwargs)
 

@@ -17,8 +17,8 @@ from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.grid import TokenGrid, kept_pairs
 from retrofit.kernels import window_attention
 from retrofit.kernels.grid_window import branches_coincide
-from retrofit.methods.base import Method, Operator
-from retrofit.methods.window_sizes import Size, partition_fraction, plain_shape
+from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.window_sizes import Size, covers, partition_fraction, plain_shape
 from retrofit.run_state import RunState
 from retrofit.sites import AttentionSite, Network
 
@@ -45,6 +45,7 @@ class T3Config(Method):
     helps: ClassVar[str] = (
         "at videos of 1080p and more, and after a short fine-tune; without one it mostly harms"
     )
+    acts_with: ClassVar[str] = "a cycle of more boxes"
     lossy: ClassVar[str] = "lossy: without a short fine-tune the output is noise"
 
     cycle: tuple[Size, ...] | None = None
@@ -83,7 +84,8 @@ class T3Config(Method):
             -(-length // min(count, length))
             for length, count in zip(grid.shape, counts, strict=True)
         )
-        return Boxes(grid=grid, window_size=(frames, height, width))
+        size = (frames, height, width)
+        return DENSE if covers(grid.shape, size) else Boxes(grid=grid, window_size=size)
 
 
 def plan_counts(shape: Size, index: int) -> Size:

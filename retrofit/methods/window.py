@@ -50,6 +50,7 @@ class WindowConfig(Method):
     helps: ClassVar[str] = (
         "where windows are a small part of the input; the cheapest of all, and the coarsest"
     )
+    acts_with: ClassVar[str] = "a smaller window_size or keep"
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = (("window_size", "keep"),)
 
     window_size: int | Size | None = None

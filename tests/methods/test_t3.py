@@ -9,6 +9,7 @@ import torch
 
 from retrofit.errors import ConfigError
 from retrofit.grid import TokenGrid
+from retrofit.methods.base import DENSE
 from retrofit.methods.t3 import Boxes, T3Config, plan_counts
 from tests.methods_table import make_call
 
@@ -57,10 +58,10 @@ def test_a_plan_exists_for_any_grid(shape, index):
 
 
 def test_the_cycle_starts_again_after_its_last_cut():
-    config = T3Config(cycle=((1, 1, 1), (3, 2, 2)))
+    config = T3Config(cycle=((1, 2, 1), (3, 2, 2)))
     grid = TokenGrid(frames=3, height=8, width=10)
     sizes = [build(config, grid, index=i).window_size for i in range(4)]
-    assert sizes == [(3, 8, 10), (1, 4, 5), (3, 8, 10), (1, 4, 5)]
+    assert sizes == [(3, 4, 10), (1, 4, 5), (3, 4, 10), (1, 4, 5)]
 
 
 def test_boxes_have_the_published_sizes():
@@ -69,7 +70,7 @@ def test_boxes_have_the_published_sizes():
     assert boxes.keep_fraction(None, None) == pytest.approx(2 * 1680 / 685440)
 
 
-@pytest.mark.parametrize("counts", [(1, 1, 1), (3, 1, 1), (3, 8, 1), (1, 8, 10), (3, 8, 10)])
+@pytest.mark.parametrize("counts", [(1, 8, 1), (3, 1, 1), (3, 8, 1), (1, 8, 10), (3, 8, 10)])
 def test_coinciding_boxes_are_computed_once_and_bit_equal(counts, monkeypatch):
     grid = TokenGrid(frames=3, height=8, width=10)
     config = T3Config(cycle=(counts,))
@@ -138,3 +139,8 @@ def test_a_network_without_a_grid_is_refused():
 
     with pytest.raises(UnsupportedError, match="self-attention over a grid"):
         retrofit.patch(make_bert(), "t3")
+
+
+def test_one_box_for_the_whole_grid_is_dense():
+    config, grid = T3Config(cycle=((1, 1, 1),)), TokenGrid(frames=3, height=8, width=10)
+    assert build(config, grid) is DENSE
