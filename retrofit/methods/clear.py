@@ -2,7 +2,8 @@
 
 Paper: https://arxiv.org/abs/2412.16112 (section 3.2, with the pooled keys of its appendix). The
 paper distils the weights for it; without that, as here, the output degrades. Departures: texts of
-any length; in a grid of several frames a circle stays in its own.
+any length; in a grid of several frames a circle stays in its own; where squares of `pool` tokens do
+not fill the grid the last ones are short, and the weights of what they hold count the more.
 """
 
 from __future__ import annotations
@@ -13,8 +14,9 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from retrofit.errors import ConfigError, GridError, UnsupportedError
+from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.grid import TokenGrid, kept_pairs, split_positions
 from retrofit.kernels import block_sparse_attention
 from retrofit.methods.base import DENSE, Method, Operator
@@ -35,7 +37,8 @@ class ClearConfig(Method):
             a radius beyond the grid's diagonal is dense. The paper has 8, 16 and 32. In a video a
             circle stays in its frame.
         pool: Side of the squares of tokens whose keys and values are added up to one further key
-            each, which all tokens of the picture see. None for none; the paper has 4.
+            each, which all tokens of the picture see. Those at the right and at the bottom may be
+            short. None for none; the paper has 4.
         pool_weights: Weights of the tokens of a square, row by row, as the distillation has learnt
             them. None for their mean.
         temperature_base: Tokens N0 of the training size, text included (4608 for FLUX). A call of N
@@ -91,25 +94,9 @@ class ClearConfig(Method):
         return "it needs attention over a grid of known height and width"
 
     def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
-        """The circles of this grid.
-
-        Raises:
-            GridError: If squares of `pool` tokens do not fill the grid.
-        """
-        if self.pool is not None and (grid.height % self.pool or grid.width % self.pool):
-            raise _does_not_fit(site, grid, self.pool)
+        """The circles of this grid."""
         circles = Circles(config=self, grid=grid)
         return DENSE if circles.sees_all and not self.temperature_base else circles
-
-
-def _does_not_fit(site: AttentionSite, grid: TokenGrid, pool: int) -> GridError:
-    below = [max(1, n // pool) * pool for n in (grid.height, grid.width)]
-    above = [-(-n // pool) * pool for n in (grid.height, grid.width)]
-    return GridError(
-        f"{site.path}: pool: expected height and width in multiples of {pool} tokens, got "
-        f"{grid.height}x{grid.width}. The nearest are {below[0]}x{below[1]} and "
-        f"{above[0]}x{above[1]}: take such a size, or leave `pool` out."
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -130,6 +117,14 @@ class Circles:
         grid, reach = self.grid, self.config.radius**2
         farthest = (grid.height - 1) ** 2 + (grid.width - 1) ** 2
         return grid.frames == 1 and self.config.pool is None and farthest < reach
+
+    @property
+    def num_pooled(self) -> int:
+        """Squares of tokens that become one further key each."""
+        side = self.config.pool
+        if side is None:
+            return 0
+        return self.grid.frames * -(-self.grid.height // side) * -(-self.grid.width // side)
 
     def __call__(
         self,
@@ -186,8 +181,7 @@ class Circles:
         """Outputs of the grid's tokens alone, `[B, H, S_grid, D]` in raster order."""
         special, tokens = split_positions(self.grid, query.device)
         side = self.config.pool
-        num_pooled = 0 if side is None else self.grid.num_grid_tokens // side**2
-        num_others = self.grid.num_special_tokens + num_pooled
+        num_others = self.grid.num_special_tokens + self.num_pooled
         # on meta the lists keep their values, from which the tiles that are visited are counted
         place = torch.device("cpu") if query.is_meta else query.device
         circles = circle_lists(self.grid, self.config.radius, num_others, place)
@@ -219,16 +213,28 @@ class Circles:
             x: `[B, H, S_grid, D]`, in raster order.
 
         Returns:
-            `[B, H, S_grid / pool**2, D]`, none without `pool`.
+            `[B, H, num_pooled, D]`, none without `pool`.
         """
         side = self.config.pool
         if side is None:
             return x[:, :, :0]
-        weights = self.config.pool_weights or (1 / side**2,) * side**2
-        rows, columns = self.grid.height // side, self.grid.width // side
-        squares = x.unflatten(2, (self.grid.frames, rows, side, columns, side))
-        weight = torch.tensor(weights, dtype=x.dtype, device=x.device).view(side, 1, side, 1)
-        return (squares * weight).sum((4, 6)).flatten(2, 4)
+        _, height, width = self.grid.shape
+        rows, columns = -(-height // side), -(-width // side)
+        inside = min(side, height), min(side, width)
+        short = (0, 0, 0, columns * inside[1] - width, 0, rows * inside[0] - height)
+        maps = x.unflatten(2, self.grid.shape)
+        maps = pad(maps, short) if any(short) else maps
+        squares = maps.unflatten(4, (columns, inside[1])).unflatten(3, (rows, inside[0]))
+        if self.config.pool_weights is None:
+            weight = x.new_tensor(1 / side**2)
+        else:
+            weight = x.new_tensor(self.config.pool_weights).view(side, 1, side, 1)
+            weight = weight[: inside[0], :, : inside[1]]
+        pooled = (squares * weight).sum((4, 6))
+        if height % side or width % side:
+            held = _tokens_held(height, side)[:, None] * _tokens_held(width, side)
+            pooled = pooled * (side**2 / held.double()).to(x.device, x.dtype)[:, :, None]
+        return pooled.flatten(2, 4)
 
     def scale(self, head_dim: int, scale: float | None) -> float | None:
         """The scale of a call, for the number of its tokens where that is set."""
@@ -246,7 +252,9 @@ class Circles:
         near = down[:, None] ** 2 + right**2 < self.config.radius**2
         pairs = (near * (height - down.abs())[:, None] * (width - right.abs())).sum().item()
         kept = kept_pairs(self.grid, pairs / (height * width) ** 2 / self.grid.frames)
-        if self.config.pool is None:
-            return kept
-        tokens = self.grid.num_grid_tokens
-        return kept + tokens * (tokens // self.config.pool**2) / self.grid.num_tokens**2
+        return kept + self.grid.num_grid_tokens * self.num_pooled / self.grid.num_tokens**2
+
+
+def _tokens_held(length: int, side: int) -> Tensor:
+    """Tokens of each square along an axis, `[ceil(length / side)]`; the last may have fewer."""
+    return (length - torch.arange(0, length, side, device="cpu")).clamp(max=side)

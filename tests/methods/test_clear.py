@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import retrofit
-from retrofit.errors import ConfigError, GridError, UnsupportedError
+from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.grid import TokenGrid, split_positions
 from retrofit.kernels import mask_from_lists
 from retrofit.kernels.block_sparse.native import library
@@ -41,7 +41,7 @@ def attend_masked(query, keys, values, mask, scale):
 
 
 def squares(x, grid, side, weights):
-    """Keys of squares of tokens, token by token."""
+    """Keys of squares of tokens, token by token; those of a short square count the more."""
     _, tokens = split_positions(grid)
     picture = x[:, :, tokens].unflatten(2, (grid.height, grid.width))
     pooled = []
@@ -49,10 +49,10 @@ def squares(x, grid, side, weights):
         for left in range(0, grid.width, side):
             parts = [
                 weights[i * side + j] * picture[:, :, top + i, left + j]
-                for i in range(side)
-                for j in range(side)
+                for i in range(min(side, grid.height - top))
+                for j in range(min(side, grid.width - left))
             ]
-            pooled.append(sum(parts))
+            pooled.append(sum(parts) * side**2 / len(parts))
     return torch.stack(pooled, 2)
 
 
@@ -140,10 +140,38 @@ def test_tiles_are_as_square_as_the_grid_allows(height, width, tile):
     assert tile_shape(TokenGrid(height=height, width=width)) == tile
 
 
-def test_a_grid_that_squares_do_not_fill_is_refused_with_the_nearest_sizes():
-    grid = TokenGrid(height=18, width=24)
-    with pytest.raises(GridError, match=r"got 18x24. The nearest are 16x24 and 20x24: take such"):
-        build(ClearConfig(pool=4), grid)
+@pytest.mark.parametrize("learnt", [False, True])
+@pytest.mark.parametrize("size", [(18, 24), (7, 7), (3, 21), (2, 3)])
+def test_squares_at_the_borders_may_be_short(size, learnt):
+    grid = TokenGrid(height=size[0], width=size[1], num_prefix_tokens=3, num_suffix_tokens=2)
+    weights = torch.rand(16).tolist() if learnt else [1 / 16] * 16
+    config = ClearConfig(radius=3, pool=4, pool_weights=tuple(weights) if learnt else None)
+    operator, call = build(config, grid)
+    value = torch.randn(2, 2, grid.num_tokens, 5, dtype=torch.float64)
+    pairs = [(x, squares(x, grid, 4, weights)) for x in (call.key, value)]
+    of_grid = torch.zeros(grid.num_tokens, dtype=torch.bool)
+    of_grid[split_positions(grid)[1]] = True
+    pooled = of_grid[:, None].expand(-1, pairs[0][1].shape[2])
+    mask = torch.cat([circular_mask(grid, 3), pooled], 1)
+    expected = attend_masked(call.query, *(torch.cat(pair, 2) for pair in pairs), mask, 8**-0.5)
+    torch.testing.assert_close(attend(operator, call, value), expected)
+    seen = mask.sum().item() / grid.num_tokens**2
+    assert operator.keep_fraction(call.query, call.key) == pytest.approx(seen)
+
+
+def test_a_short_square_of_plain_weights_is_the_mean_of_what_it_holds():
+    grid = TokenGrid(height=5, width=4)
+    keys = torch.randn(1, 1, 20, 3, dtype=torch.float64)
+    pooled = Circles(config=ClearConfig(radius=2, pool=4), grid=grid).pool(keys)
+    expected = torch.stack([keys[:, :, :16].mean(2), keys[:, :, 16:].mean(2)], 2)
+    torch.testing.assert_close(pooled, expected)
+
+
+def test_a_square_far_larger_than_the_grid_takes_no_more_memory_than_it():
+    grid = TokenGrid(height=3, width=5)
+    keys = torch.ones(1, 1, 15, 2, dtype=torch.float64)
+    pooled = Circles(config=ClearConfig(radius=2, pool=2000), grid=grid).pool(keys)
+    torch.testing.assert_close(pooled, torch.ones(1, 1, 1, 2, dtype=torch.float64))
 
 
 def test_a_mask_beside_pooled_keys_is_refused():
