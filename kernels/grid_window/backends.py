@@ -13,6 +13,8 @@ from .axes import WindowAxis
 from .native import native_attention, native_supports
 from .pattern import Pattern
 from .tiled import tiled_attention
+from .tiled_backward import tiled_backward
+from .triton_backward import triton_backward
 from .triton_route import triton_attention
 
 NEIGHBORHOOD, WINDOW = "neighborhood_attention", "window_attention"
@@ -53,6 +55,46 @@ def run_backend(
     Raises:
         UnsupportedError: If a named backend can't run the call.
     """
+    name = _choose(q, k, v, pattern, attn_mask, backend)
+    if name == "triton":
+        return triton_attention(q, k, v, pattern, attn_mask, shift, scale, with_lse)
+    if name == "native":
+        return native_attention(q, k, v, pattern, attn_mask, shift, scale, with_lse)
+    tables = pattern.tables(q.device, shift)
+    with torch.autocast(q.device.type, enabled=False):
+        return tiled_attention(
+            q, k, v, pattern.grid, tables, attn_mask=attn_mask, scale=scale, with_lse=with_lse
+        )
+
+
+def run_backward(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    pattern: Pattern,
+    attn_mask: Tensor | None,
+    shift: Tensor | None,
+    scale: float,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients on the backend that ran the call, or by the PyTorch route where it has none."""
+    if _choose(q, k, v, pattern, attn_mask, backend) == "triton":
+        return triton_backward(dout, dlse, q, k, v, out, lse, pattern, attn_mask, shift, scale)
+    tables = pattern.tables(q.device, shift)
+    with torch.autocast(q.device.type, enabled=False):
+        return tiled_backward(
+            dout, dlse, q, k, v, out, lse, pattern.grid, tables, attn_mask=attn_mask, scale=scale
+        )
+
+
+def _choose(
+    q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, attn_mask: Tensor | None, backend: str
+) -> str:
+    """Name of the backend that runs a call."""
     operator = operator_of(pattern)
     probe = Probe(
         device=q.device.type,
@@ -69,12 +111,4 @@ def run_backend(
                 "differs between queries). Leave `backend` out and RETROFIT_BACKEND unset."
             )
         name = "torch"
-    if name == "triton":
-        return triton_attention(q, k, v, pattern, attn_mask, shift, scale, with_lse)
-    if name == "native":
-        return native_attention(q, k, v, pattern, attn_mask, shift, scale, with_lse)
-    tables = pattern.tables(q.device, shift)
-    with torch.autocast(q.device.type, enabled=False):
-        return tiled_attention(
-            q, k, v, pattern.grid, tables, attn_mask=attn_mask, scale=scale, with_lse=with_lse
-        )
+    return name

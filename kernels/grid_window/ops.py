@@ -14,10 +14,9 @@ from torch.utils.flop_counter import register_flop_formula
 
 from retrofit.kernels._operator import define_derivative, define_operator, refuse_derivative
 
-from .backends import run_backend
+from .backends import run_backend, run_backward
 from .pattern import Pattern
 from .tiled import work_dtype
-from .tiled_backward import tiled_backward
 
 
 def _attend(
@@ -72,14 +71,11 @@ def _differentiate(
     grid: Sequence[int],
     axes: Sequence[int],
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of `q`, `k` and `v`, through the PyTorch route on every device."""
+    """Gradients of `q`, `k` and `v`."""
     pattern = Pattern.decode(grid, axes)
-    tables = pattern.tables(q.device, shift)
-    with torch.autocast(q.device.type, enabled=False):
-        return tiled_backward(
-            dout, dlse, q, k, v, out, lse, pattern.grid, tables, attn_mask=attn_mask, scale=scale
-        )
+    return run_backward(dout, dlse, q, k, v, out, lse, pattern, attn_mask, shift, scale, backend)
 
 
 def _differentiate_fake(
@@ -99,16 +95,15 @@ grid_window_backward = define_operator(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, attn_mask, shift, grid, axes, scale, with_lse, _ = inputs
+    q, k, v, attn_mask, shift, grid, axes, scale, with_lse, backend = inputs
     assert with_lse or not ctx.needs_input_grad[0]
     ctx.save_for_backward(q, k, v, attn_mask, shift, *output)
-    ctx.settings = (grid, axes, scale)
+    ctx.settings = (grid, axes, scale, backend)
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
     q, k, v, attn_mask, shift, out, lse = ctx.saved_tensors
-    grid, axes, scale = ctx.settings
-    grads = grid_window_backward(dout, dlse, q, k, v, out, lse, attn_mask, shift, grid, axes, scale)
+    grads = grid_window_backward(dout, dlse, q, k, v, out, lse, attn_mask, shift, *ctx.settings)
     return (*grads, None, None, None, None, None, None, None)
 
 

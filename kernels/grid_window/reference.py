@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from retrofit.grid import TokenGrid, split_positions
+from retrofit.kernels.block_sparse.plain import softmax_and_lse
 
 from .arguments import as_grid, check_neighborhood, check_window
 
@@ -134,6 +135,5 @@ def masked_attention(
             scores = scores.masked_fill(~m.to(scores.device), -math.inf)
         elif m is not None:
             scores = scores + m
-    lse = scores.logsumexp(-1)
-    weights = (scores - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    weights, lse = softmax_and_lse(scores)
     return (weights @ v).to(query.dtype), lse

@@ -12,6 +12,7 @@ from torch import Tensor
 from retrofit.kernels._triton import capability, pad_dim
 
 from .axes import AxisTables
+from .key_tiles import key_tables
 from .pattern import Pattern
 from .positions import axis_steps, first_grid_position, special_token_positions
 
@@ -26,13 +27,17 @@ class Launch(NamedTuple):
     num_warps: int
     num_stages: int
 
+    def options(self) -> dict[str, int]:
+        """Options of the compiler."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
 
 class AxisArrays(NamedTuple):
-    """Tables of one axis as the kernel reads them: int32, positions in the sequence."""
+    """Tables of one axis as the kernels read them: int32, positions in the sequence."""
 
     rows: Tensor  # [3, num_tiles, tile]: position, low, high
-    keys: Tensor  # [num_tiles, span]
-    counts: Tensor  # [2, num_tiles]: used query slots, used key slots
+    columns: Tensor  # [num_tiles, span]
+    counts: Tensor  # [2, num_tiles]: used row slots, used column slots
     is_masked: bool
 
 
@@ -40,8 +45,36 @@ class TritonPlan(NamedTuple):
     """What depends on the pattern only; axes slowest first."""
 
     axes: tuple[AxisArrays, AxisArrays, AxisArrays]
-    whole: tuple[AxisArrays, AxisArrays, AxisArrays]  # one tile with all keys, for special rows
+    whole: tuple[AxisArrays, AxisArrays, AxisArrays]  # one tile with all tokens, for special rows
     special: Tensor
+
+    def which(self, special_rows: bool) -> tuple[AxisArrays, AxisArrays, AxisArrays]:
+        """The axes that a launch walks."""
+        return self.whole if special_rows else self.axes
+
+    def num_tiles(self, special_rows: bool) -> int:
+        """Tiles of a launch."""
+        return math.prod([axis.columns.shape[0] for axis in self.which(special_rows)])
+
+    def rows_per_tile(self, special_rows: bool) -> int:
+        """Rows of a tile, padding included."""
+        if special_rows:
+            return self.special.shape[0]
+        return math.prod([axis.rows.shape[2] for axis in self.axes])
+
+    def arguments(self, special_rows: bool) -> list[Any]:
+        """Arguments of a kernel, from the tables of the rows to the widths of the columns."""
+        axes = self.which(special_rows)
+        return [
+            *[axis.rows for axis in axes],
+            *[axis.columns for axis in axes],
+            *[axis.counts for axis in axes],
+            self.special,
+            self.special.shape[0],
+            *[axis.columns.shape[0] for axis in axes],
+            *[axis.rows.shape[2] for axis in axes],
+            *[axis.columns.shape[1] for axis in axes],
+        ]
 
 
 def choose_launch(head_dim: int, element_size: int, rows: int, capability: int) -> Launch:
@@ -76,25 +109,46 @@ def triton_attention(
     batch, heads, seq_len, _ = q.shape
     out = v.new_empty(batch, seq_len, heads, v.shape[3]).transpose(1, 2)
     lse = q.new_empty(batch, heads, seq_len, dtype=torch.float32) if with_lse else None
-    q, k, v = [x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous() for x in (q, k, v)]
-    if shift is None:
-        plan = _plan_cached(pattern, q.device)
-    else:
-        plan = plan_triton(pattern, q.device, shift)
+    q, k, v = [with_adjacent_channels(x) for x in (q, k, v)]
+    plan = find_plan(pattern, q.device, shift)
     _launch(q, k, v, out, lse, plan, attn_mask, scale, False)
     if plan.special.shape[0]:
         _launch(q, k, v, out, lse, plan, attn_mask, scale, True)
     return out, lse
 
 
+def with_adjacent_channels(x: Tensor) -> Tensor:
+    """The tensor, copied if the kernels could not read its last axis."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+
+
+def find_plan(
+    pattern: Pattern, device: torch.device, shift: Tensor | None, *, of_keys: bool = False
+) -> TritonPlan:
+    """The plan of a pattern; kept, unless the shift is a tensor whose values are not known.
+
+    Args:
+        pattern: What is seen.
+        device: Where the tables live.
+        shift: int64 `[3]`, in place of the shifts of the settings.
+        of_keys: Whether rows are keys, and columns the queries that see them.
+    """
+    if shift is None:
+        return _plan_cached(pattern, device, of_keys)
+    return plan_triton(pattern, device, shift, of_keys)
+
+
 @lru_cache(maxsize=128)
-def _plan_cached(pattern: Pattern, device: torch.device) -> TritonPlan:
-    return plan_triton(pattern, device, None)
+def _plan_cached(pattern: Pattern, device: torch.device, of_keys: bool) -> TritonPlan:
+    return plan_triton(pattern, device, None, of_keys)
 
 
-def plan_triton(pattern: Pattern, device: torch.device, shift: Tensor | None) -> TritonPlan:
-    """Tables of a pattern in the form that the kernel reads, without waiting for the device."""
-    tables = pattern.tables(device, shift, pattern.block_tile())
+def plan_triton(
+    pattern: Pattern, device: torch.device, shift: Tensor | None, of_keys: bool = False
+) -> TritonPlan:
+    """Tables of a pattern in the form that the kernels read, without waiting for the device."""
+    make = key_tables if of_keys else Pattern.tables
+    tables = make(pattern, device, shift, pattern.block_tile())
     steps, shape, grid = axis_steps(pattern.grid), pattern.grid.shape, pattern.grid
     axes, whole = [], []
     for n, i in enumerate(pattern.order):
@@ -140,15 +194,12 @@ def _launch(
     from .triton_kernel import grid_window_fwd_kernel
 
     batch, heads, seq_len, dim = q.shape
-    axes = plan.whole if special_rows else plan.axes
-    tiles = [axis.keys.shape[0] for axis in axes]
-    rows = [axis.rows.shape[2] for axis in axes]
-    num_rows = plan.special.shape[0] if special_rows else math.prod(rows)
     widest = max(dim, v.shape[3])
+    num_rows = plan.rows_per_tile(special_rows)
     launch = choose_launch(widest, q.element_size(), num_rows, capability(q.device))
     row_blocks = -(-num_rows // launch.block_m)
-    masks, strides = _key_mask(attn_mask)
-    grid = (math.prod(tiles) * row_blocks * batch * heads,)
+    masks, strides = key_mask(attn_mask)
+    grid = (plan.num_tiles(special_rows) * row_blocks * batch * heads,)
     grid_window_fwd_kernel[grid](
         q,
         k,
@@ -156,14 +207,7 @@ def _launch(
         out,
         lse,
         *masks,
-        *[axis.rows for axis in axes],
-        *[axis.keys for axis in axes],
-        *[axis.counts for axis in axes],
-        plan.special,
-        plan.special.shape[0],
-        *tiles,
-        *rows,
-        *[axis.keys.shape[1] for axis in axes],
+        *plan.arguments(special_rows),
         row_blocks,
         heads,
         heads // k.shape[1],
@@ -174,11 +218,8 @@ def _launch(
         *out.stride()[:3],
         *strides,
         scale * LOG2E,
-        num_warps=launch.num_warps,
-        num_stages=launch.num_stages,
-        **kernel_constants(axes, dim, v.shape[3], launch),
-        SPECIAL_ROWS=special_rows,
-        HAS_SPECIAL=plan.special.shape[0] > 0,
+        **launch.options(),
+        **kernel_constants(plan, special_rows, (dim, v.shape[3]), launch),
         HAS_SEEN=masks[0] is not None,
         HAS_BIAS=masks[1] is not None,
         HAS_LSE=lse is not None,
@@ -186,21 +227,23 @@ def _launch(
 
 
 def kernel_constants(
-    axes: tuple[AxisArrays, AxisArrays, AxisArrays], dim: int, dim_v: int, launch: Launch
+    plan: TritonPlan, special_rows: bool, dims: tuple[int, int], launch: Launch
 ) -> dict[str, Any]:
-    """Compile-time arguments that depend on shapes."""
+    """Compile-time arguments that depend on shapes and pattern."""
     return {
-        "HEAD_DIM": dim,
-        "VALUE_DIM": dim_v,
+        "HEAD_DIM": dims[0],
+        "VALUE_DIM": dims[1],
         "BLOCK_M": launch.block_m,
         "BLOCK_N": launch.block_n,
-        "BLOCK_D": pad_dim(dim),
-        "BLOCK_V": pad_dim(dim_v),
-        **{f"MASKED_{n}": axis.is_masked for n, axis in enumerate(axes)},
+        "BLOCK_D": pad_dim(dims[0]),
+        "BLOCK_V": pad_dim(dims[1]),
+        **{f"MASKED_{n}": axis.is_masked for n, axis in enumerate(plan.which(special_rows))},
+        "SPECIAL_ROWS": special_rows,
+        "HAS_SPECIAL": plan.special.shape[0] > 0,
     }
 
 
-def _key_mask(attn_mask: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
+def key_mask(attn_mask: Tensor | None) -> tuple[list[Tensor | None], list[int]]:
     """Key mask as `(seen, bias)`, one of them at most, and its strides."""
     if attn_mask is None:
         return [None, None], [0, 0, 0]

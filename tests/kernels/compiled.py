@@ -53,7 +53,7 @@ def compile_kernel(
         prefixes = [key for key in types if key.endswith("*") and name.startswith(key[:-1])]
         kind = types.get(name) or (types[max(prefixes, key=len)] if prefixes else "i32")
         signature[name] = "constexpr" if name in constants else kind
-        is_stride = re.fullmatch(r"(q|k|v|out)_(split|batch|head|token)", name)
+        is_stride = re.fullmatch(r"(q|k|v|out|dout)_(split|batch|head|token)", name)
         if signature[name].startswith("*") or is_stride:
             attributes[(i,)] = [["tt.divisibility", 16]]
     values = {(kernel.arg_names.index(name),): value for name, value in constants.items()}

@@ -15,7 +15,12 @@ from retrofit.kernels import block_sparse_attention, lists_from_mask, select_by_
 from retrofit.kernels.block_sparse import triton_route
 from retrofit.kernels.block_sparse.plain import Problem
 from tests.kernels.block_cases import Case, cases, check_against_reference, empty_is_nan
-from tests.kernels.grid_cases import GridCase, check_grid_case, grid_cases
+from tests.kernels.grid_cases import (
+    GridCase,
+    check_grid_case,
+    check_grid_gradients,
+    grid_cases,
+)
 
 assert os.environ.get("TRITON_INTERPRET") == "1", "run tests/kernels/test_triton.py"
 
@@ -167,6 +172,18 @@ def test_grid_windows_match_reference_on_any_grid(case: GridCase) -> None:
 def test_grid_windows_in_half_precision_match_reference() -> None:
     case = GridCase(prefix=2, stride=(1, 2, 1), mask="bias")
     check_grid_case(case, "triton", torch.float16)
+
+
+@settings(max_examples=5, deadline=None)
+@given(case=grid_cases().filter(is_cheap_grid))
+def test_gradients_of_grid_windows_match_those_of_the_definition(case: GridCase) -> None:
+    with empty_is_nan():
+        check_grid_gradients(case, "triton", torch.float32)
+
+
+def test_gradients_in_half_precision_match_those_of_the_definition() -> None:
+    case = GridCase(frame_prefix=1, stride=(1, 2, 1), heads=4, kv_heads=2, mask="bias")
+    check_grid_gradients(case, "triton", torch.float16)
 
 
 @settings(max_examples=12, deadline=None)

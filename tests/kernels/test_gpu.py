@@ -15,7 +15,7 @@ from retrofit.kernels import (
     window_attention,
 )
 from tests.kernels.block_cases import Case, check_against_reference, empty_is_nan
-from tests.kernels.grid_cases import GridCase, check_grid_case
+from tests.kernels.grid_cases import GridCase, check_grid_case, check_grid_gradients
 
 pytestmark = [
     pytest.mark.gpu,
@@ -61,7 +61,9 @@ def test_few_rows_over_many_keys_match_reference(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_grid_windows_match_reference(dtype: torch.dtype, dims: tuple[int, int]) -> None:
+def test_grid_windows_and_their_gradients_match_reference(
+    dtype: torch.dtype, dims: tuple[int, int]
+) -> None:
     shape = {"shape": (5, 14, 18), "batch": 2, "heads": 4, "kv_heads": 2}
     size = {"dim": dims[0], "dim_v": dims[1]}
     for case in (
@@ -75,6 +77,7 @@ def test_grid_windows_match_reference(dtype: torch.dtype, dims: tuple[int, int])
     ):
         with empty_is_nan():
             check_grid_case(case, "triton", dtype, "cuda")
+            check_grid_gradients(case, "triton", dtype, "cuda")
 
 
 @pytest.mark.parametrize("crossing", ["drop", "keep", "keep-strict"])

@@ -7,13 +7,21 @@ import itertools
 import pytest
 import torch
 from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from retrofit.errors import ConfigError, GridError, UnsupportedError
 from retrofit.kernels import neighborhood_attention, window_attention
 from retrofit.kernels.grid_window import branches_coincide, neighborhood_mask, window_mask
+from retrofit.kernels.grid_window.axes import Axis, AxisTables, NeighborhoodAxis, WindowAxis
+from retrofit.kernels.grid_window.key_tiles import turn_axis
 from retrofit.kernels.grid_window.native import library
 from tests.kernels.block_cases import empty_is_nan
-from tests.kernels.grid_cases import GridCase, check_grid_case, grid_cases
+from tests.kernels.grid_cases import (
+    GridCase,
+    check_grid_case,
+    check_grid_gradients,
+    grid_cases,
+)
 
 needs_native = pytest.mark.skipif(library()[0] is None, reason=f"native kernel: {library()[1]}")
 BACKENDS = [pytest.param("native", marks=needs_native), "torch"]
@@ -36,6 +44,56 @@ def test_torch_route_matches_reference_on_any_grid(case: GridCase) -> None:
     with empty_is_nan():
         for dtype in (torch.float32, torch.float16, torch.float64):
             check_grid_case(case, "torch", dtype)
+
+
+@settings(max_examples=40, deadline=None)
+@given(case=grid_cases())
+def test_gradients_match_those_of_the_definition_on_any_grid(case: GridCase) -> None:
+    with empty_is_nan():
+        for dtype in (torch.float32, torch.float64):
+            check_grid_gradients(case, "torch", dtype)
+
+
+Pairs = set[tuple[int, int]]
+
+
+def pairs_of(tables: AxisTables) -> Pairs:
+    """Row and column of each pair that is seen, none of them twice."""
+    found = [
+        (int(tables.queries[n, row]), int(tables.keys[n, column]))
+        for n in range(tables.num_tiles)
+        for row in range(tables.tile)
+        if tables.is_query[n, row]
+        for column in range(int(tables.low[n, row]), int(tables.high[n, row]))
+    ]
+    assert len(found) == len(set(found))
+    return set(found)
+
+
+@st.composite
+def axes(draw: st.DrawFn) -> Axis:
+    length = draw(st.integers(1, 24))
+    window, is_causal = draw(st.integers(1, length)), draw(st.booleans())
+    if draw(st.booleans()):
+        return WindowAxis(length, window, draw(st.integers(-9, 9)), draw(st.booleans()), is_causal)
+    dilation = draw(st.integers(1, 4))
+    window = min(window, -(-length // dilation))
+    return NeighborhoodAxis(length, window, draw(st.integers(1, window)), dilation, is_causal)
+
+
+@settings(max_examples=300, deadline=None)
+@given(axis=axes(), tile=st.sampled_from([1, 2, 3, 5, 8, 30]))
+def test_tables_turned_round_hold_the_same_pairs(axis: Axis, tile: int) -> None:
+    tables = axis.tables() if isinstance(axis, WindowAxis) else axis.tables(axis.stride)
+    turned = turn_axis(axis, tile, None, None)
+    assert {(query, key) for key, query in pairs_of(turned)} == pairs_of(tables)
+    assert sorted(turned.queries[turned.is_query].tolist()) == list(range(axis.length))
+    if not turned.is_masked:
+        assert turned.is_query.all()
+    if not turned.hides_keys:  # no mask will be looked at
+        longest = turned.high.masked_fill(~turned.is_query, 0).amax(1, keepdim=True)
+        assert (turned.low[turned.is_query] == 0).all()
+        assert ((turned.high == longest) | ~turned.is_query).all()
 
 
 def test_neighborhoods_see_what_the_definition_says() -> None:

@@ -15,7 +15,13 @@ from retrofit.kernels.block_select.triton_kernel import select_kernel
 from retrofit.kernels.block_sparse.settings import Launch, MaskWork, choose_launch, load_settings
 from retrofit.kernels.block_sparse.triton_kernel import block_sparse_fwd_kernel
 from retrofit.kernels.block_sparse.triton_route import kernel_constants
+from retrofit.kernels.grid_window.triton_backward import choose_key_launch, choose_query_launch
+from retrofit.kernels.grid_window.triton_backward_kernel import (
+    grid_window_bwd_dkv_kernel,
+    grid_window_bwd_dq_kernel,
+)
 from retrofit.kernels.grid_window.triton_kernel import grid_window_fwd_kernel
+from retrofit.kernels.grid_window.triton_route import Launch as WindowLaunch
 from retrofit.kernels.grid_window.triton_route import choose_launch as choose_window_launch
 from retrofit.kernels.merge.triton_kernel import merge_fwd_kernel
 from tests.kernels.compiled import MATRIX, SHARED_LIMITS, Binary, compile_kernel
@@ -136,7 +142,16 @@ def test_grid_windows_do_not_spill(
     launch = choose_window_launch(dim, SIZES[dtype], 128, arch)
     types = dict.fromkeys(("p_q", "p_k", "p_v", "p_out"), f"*{dtype}")
     types |= {"p_lse": "*fp32", "p_*": "*i32", "scale_log2": "fp32"}
-    constants: dict[str, Any] = {
+    constants = {**window_constants(dim, masked, launch), "HAS_LSE": True}
+    binary = compile_kernel(grid_window_fwd_kernel, arch, types, constants, launch.options())
+    check(binary, arch, dtype)
+
+
+def window_constants(
+    dim: int, masked: tuple[bool, bool, bool], launch: WindowLaunch
+) -> dict[str, Any]:
+    """Compile-time arguments of a call without special tokens and masks."""
+    return {
         "HEAD_DIM": dim,
         "VALUE_DIM": dim,
         "BLOCK_M": launch.block_m,
@@ -148,12 +163,40 @@ def test_grid_windows_do_not_spill(
         "HAS_SPECIAL": False,
         "HAS_SEEN": False,
         "HAS_BIAS": False,
-        "HAS_LSE": True,
         "p_seen": None,
         "p_bias": None,
     }
-    options = {"num_warps": launch.num_warps, "num_stages": launch.num_stages}
-    check(compile_kernel(grid_window_fwd_kernel, arch, types, constants, options), arch, dtype)
+
+
+GRADIENT_FEW = [(90, "bf16", 64, "keys")]
+GRADIENT_MANY = [
+    (arch, dtype, dim, side)
+    for arch in ARCHS
+    for dtype in ("bf16", "fp16", "fp32")
+    for dim in (64, 128)
+    for side in ("queries", "keys")
+]
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "dim", "side"),
+    [
+        *GRADIENT_FEW,
+        *(pytest.param(*c, marks=slow) for c in GRADIENT_MANY if c not in GRADIENT_FEW),
+    ],
+)
+def test_gradients_of_grid_windows_do_not_spill(arch: int, dtype: str, dim: int, side: str) -> None:
+    launch = (choose_query_launch if side == "queries" else choose_key_launch)(
+        dim, SIZES[dtype], arch
+    )
+    types = dict.fromkeys(("p_q", "p_k", "p_v", "p_dout", "p_out", "p_d*"), f"*{dtype}")
+    types |= {"p_lse": "*fp32", "p_delta": "*fp32", "p_*": "*i32", "scale": "fp32"}
+    constants = window_constants(dim, (False, True, True), launch)
+    kernel = grid_window_bwd_dkv_kernel
+    if side == "queries":
+        kernel = grid_window_bwd_dq_kernel
+        constants |= {"HAS_DLSE": False, "p_dlse": None}
+    check(compile_kernel(kernel, arch, types, constants, launch.options()), arch, dtype)
 
 
 @pytest.mark.parametrize("arch", [90, *(pytest.param(arch, marks=slow) for arch in (80, 100))])

@@ -11,9 +11,11 @@ import torch
 from retrofit.grid import TokenGrid
 from retrofit.kernels.block_sparse.ops import _count_pairs
 from retrofit.kernels.grid_window.axes import AxisTables, NeighborhoodAxis, WindowAxis
+from retrofit.kernels.grid_window.key_tiles import key_tables
 from retrofit.kernels.grid_window.native import library, native_attention
 from retrofit.kernels.grid_window.pattern import Pattern
-from retrofit.kernels.grid_window.triton_route import choose_launch
+from retrofit.kernels.grid_window.triton_backward import choose_key_launch, choose_query_launch
+from retrofit.kernels.grid_window.triton_route import Launch, choose_launch
 
 MOST = 1.25
 Axes = tuple[int, int, int]
@@ -61,9 +63,11 @@ def kinds_of_tiles(table: AxisTables) -> Counter[tuple[int, int, tuple[tuple[int
     return kinds
 
 
-def visited_by_triton(pattern: Pattern, block_m: int, block_n: int) -> int:
-    """Pairs of whole tiles of the kernel: rows and keys that only fill one count too."""
-    tables = pattern.tables(None, None, pattern.block_tile())
+def visited_by_triton(pattern: Pattern, launch: Launch, *, of_keys: bool = False) -> int:
+    """Pairs of whole tiles of the kernels: rows and keys that only fill one count too."""
+    block_m, block_n = launch.block_m, launch.block_n
+    make = key_tables if of_keys else Pattern.tables
+    tables = make(pattern, None, None, pattern.block_tile())
     total = 0
     axes = [kinds_of_tiles(tables[i]).items() for i in pattern.order]
     for (slow, times_0), (middle, times_1), (fast, times_2) in itertools.product(*axes):
@@ -81,7 +85,7 @@ def visited_by_triton(pattern: Pattern, block_m: int, block_n: int) -> int:
 def test_triton_visits_few_pairs_of_neighborhoods(name: str) -> None:
     pattern = neighborhood(*NEIGHBORHOODS[name])
     launch = choose_launch(128, 2, 128, 90)
-    visited = visited_by_triton(pattern, launch.block_m, launch.block_n)
+    visited = visited_by_triton(pattern, launch)
     assert visited <= MOST * pattern.count_pairs()
 
 
@@ -90,8 +94,22 @@ def test_triton_visits_few_pairs_of_neighborhoods(name: str) -> None:
 def test_triton_visits_few_pairs_of_windows(name: str, strided: bool) -> None:
     pattern = partition(*WINDOWS[name], strided=strided)
     launch = choose_launch(64 if "small" in name else 128, 2, 128, 90)
-    visited = visited_by_triton(pattern, launch.block_m, launch.block_n)
+    visited = visited_by_triton(pattern, launch)
     assert visited <= MOST * pattern.count_pairs()
+
+
+@pytest.mark.parametrize("name", [*NEIGHBORHOODS, *WINDOWS])
+def test_gradients_through_triton_visit_few_pairs(name: str) -> None:
+    shape, window = (NEIGHBORHOODS | WINDOWS)[name]
+    pattern = (
+        neighborhood(shape, window)
+        if name in NEIGHBORHOODS
+        else partition(shape, window, strided=False)
+    )
+    dim = 64 if "small" in name else 128
+    queries, keys = choose_query_launch(dim, 2, 90), choose_key_launch(dim, 2, 90)
+    assert visited_by_triton(pattern, queries) <= MOST * pattern.count_pairs()
+    assert visited_by_triton(pattern, keys, of_keys=True) <= MOST * pattern.count_pairs()
 
 
 @pytest.mark.skipif(library()[0] is None, reason=f"native kernel: {library()[1]}")
