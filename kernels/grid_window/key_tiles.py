@@ -59,8 +59,15 @@ def _neighborhood_tables(
     query = torch.minimum(query, last).clamp(min=0)
     low, high = low - start, high - start
     hides = bool((((low > 0) | (high < width)) & is_key).any())
-    tables = (key * axis.dilation + number, is_key, query * axis.dilation + number, low, high)
-    return AxisTables(*(x.to(device) for x in tables), hides, hides or not bool(is_key.all()))
+    return AxisTables(
+        (key * axis.dilation + number).to(device),
+        is_key.to(device),
+        (query * axis.dilation + number).to(device),
+        low.to(device),
+        high.to(device),
+        hides,
+        hides or not bool(is_key.all()),
+    )
 
 
 def _group_tables(axis: NeighborhoodAxis, group: int, tile: int) -> tuple[Tensor, ...]:
