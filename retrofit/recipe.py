@@ -236,16 +236,24 @@ PLAIN_WORDS = {
     str: "a text",
     type(None): "null",
 }
+LISTS = {
+    float: "a list of numbers, as in [1, 0.5]",
+    int: "a list of whole numbers, as in [1, 2]",
+    str: "a list of texts, as in [a, b]",
+}
 
 
 def _spell(hint: Any) -> str:
     """A type in words, for people who write YAML."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(map(_spell, arguments))
+        kinds = [_spell(option) for option in arguments]
+        return (", or " if any(", as in " in kind for kind in kinds) else " or ").join(kinds)
     if origin is typing.Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
         kinds = [_spell(item) for item in arguments if item is not Ellipsis]
-        return f"a list of {kinds[0]} each" if Ellipsis in arguments else f"[{', '.join(kinds)}]"
+        if Ellipsis not in arguments:
+            return f"[{', '.join(kinds)}]"
+        return LISTS.get(arguments[0], f"a list, each of it {kinds[0]}")
     return PLAIN_WORDS.get(hint, str(hint))

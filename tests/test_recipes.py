@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 import retrofit
+from retrofit.errors import ConfigError
 from retrofit.families import FAMILIES
 from retrofit.methods import METHODS
 from retrofit.recipe import Recipe, default_recipe, shipped_recipes, with_parameters
@@ -66,3 +69,16 @@ def test_setting_one_of_two_alternatives_replaces_the_other():
     assert with_parameters(method, {"keep": 0.25}).keep == 0.25
     again = with_parameters(with_parameters(method, {"window_size": 64}), {"keep": 0.25})
     assert (again.window_size, again.keep, again.shift) == (None, 0.25, True)
+
+
+@pytest.mark.parametrize(
+    ("method", "settings", "words"),
+    [
+        ("clear", {"pool": 2, "pool_weights": "1,2"}, "a list of numbers, as in [1, 0.5], or null"),
+        ("block-sparse", {"layer_keep": ["a"]}, "a list of numbers, as in [1, 0.5], or null"),
+        ("t3", {"cycle": [1]}, "a list, each of it [a whole number, a whole number, a whole"),
+    ],
+)
+def test_lists_are_asked_for_in_plain_words(method, settings, words):
+    with pytest.raises(ConfigError, match=re.escape(f"expected {words}")):
+        with_parameters(METHODS[method](), settings)

@@ -74,18 +74,30 @@ class ClearConfig(Method):
             problems.append(f"radius: expected more than 0 and finite, got {self.radius}.")
         if self.pool is not None and self.pool < 1:
             problems.append(f"pool: expected 1 or more, got {self.pool}.")
-        number = 0 if self.pool is None else self.pool**2
-        if self.pool_weights is not None and len(self.pool_weights) != number:
-            problems.append(
-                f"pool_weights: expected pool x pool = {number} weights, got "
-                f"{len(self.pool_weights)}."
-            )
+        problems += self._check_weights()
         if self.temperature_base < 0 or self.temperature_base == 1:
             problems.append(
                 f"temperature_base: expected 0 or at least 2 tokens, got {self.temperature_base}."
             )
         if problems:
             raise ConfigError(" ".join(problems))
+
+    def _check_weights(self) -> list[str]:
+        """What is wrong with the weights of a square."""
+        number = 0 if self.pool_weights is None else len(self.pool_weights)
+        if self.pool_weights is None or (self.pool is not None and number == self.pool**2):
+            return []
+        if self.pool is None:
+            side = math.isqrt(number)
+            fitting = f", {side} for these" if side and side**2 == number else ""
+            return [
+                f"pool_weights: says how tokens are pooled, and nothing pools them. Set `pool` to "
+                f"the side of the squares{fitting}, or leave pool_weights out."
+            ]
+        return [
+            f"pool_weights: expected {self.pool**2} weights, pool x pool = {self.pool} x "
+            f"{self.pool} of them row by row, got {number}."
+        ]
 
     def refuses(self, network: Network) -> str | None:
         """Needs attention over a grid."""

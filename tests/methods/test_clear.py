@@ -187,8 +187,10 @@ def test_a_mask_beside_pooled_keys_is_refused():
         ({"radius": 0}, "radius: expected more than 0"),
         ({"radius": math.inf}, "radius: expected more than 0 and finite"),
         ({"pool": 0}, "pool: expected 1 or more"),
-        ({"pool": 2, "pool_weights": (1.0,) * 3}, "pool x pool = 4 weights, got 3"),
-        ({"pool_weights": (1.0,)}, "pool x pool = 0 weights, got 1"),
+        ({"pool": 2, "pool_weights": (1.0,) * 3}, r"expected 4 weights, .* 2 x 2 .*, got 3\."),
+        ({"pool_weights": (1.0,) * 4}, r"nothing pools them. Set `pool` .* squares, 2 for these,"),
+        ({"pool_weights": (1.0,) * 3}, "Set `pool` to the side of the squares, or leave"),
+        ({"pool": 0, "pool_weights": (1.0,)}, "pool: expected 1 or more"),
         ({"temperature_base": 1}, "temperature_base: expected 0 or at least 2"),
     ],
 )
