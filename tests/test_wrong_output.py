@@ -13,6 +13,8 @@ import textwrap
 import pytest
 
 from retrofit.checkpoint import saving, writing
+from retrofit.errors import InputError
+from retrofit.outputs import refuse_place
 from tests.checkpoint_fixtures import patch_words
 
 WEIGHTS = "model.safetensors"
@@ -104,7 +106,11 @@ def test_a_real_file_system_that_is_full(
 
 @pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
 def test_a_folder_that_turns_out_read_only(number, refused, encoder, tmp_path, monkeypatch):
+    mkdir = os.mkdir
+
     def refuse(path, *arguments, **options):
+        if os.path.basename(path).startswith(".retrofit-"):  # the look before anything is done
+            return mkdir(path, *arguments, **options)
         raise OSError(number, os.strerror(number), str(path))
 
     monkeypatch.setattr(os, "mkdir", refuse)
@@ -160,3 +166,34 @@ def test_kill_9_in_the_middle_of_patching(encoder, tmp_path, run_command):
         assert "interrupted run" in answer.err
     assert run_command(*patch_words(encoder, out, "--no-proof")).code == 0
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="no folder that takes nothing new")
+@pytest.mark.parametrize("more", ["", "deeper/"])
+def test_a_folder_that_takes_nothing_new_is_named_as_such(more, refused, encoder, pipeline):
+    """`/proc`, where even root makes nothing, though access rights say otherwise."""
+    line = refused(*patch_words(encoder, f"/proc/{more}nope"))
+    assert f"/proc/{more}nope: /proc is " in line
+    assert "can't be written to. Give another folder" in line or "read-only" in line
+    drawn = ("generate", pipeline, "-p", "a cat", "-o", f"/proc/{more}nope.png")
+    assert f"-o /proc/{more}nope.png: /proc is " in refused(*drawn)
+
+
+def test_looking_whether_a_place_takes_something_leaves_nothing(tmp_path):
+    refuse_place("-o out", tmp_path / "a" / "b" / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("number", "kind", "words"),
+    [(errno.ENOSPC, OSError, "No space"), (errno.ENOENT, InputError, "can't be written to")],
+)
+def test_a_full_disk_is_told_from_a_folder_that_takes_nothing(
+    number, kind, words, tmp_path, monkeypatch
+):
+    def fail(**settings):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("tempfile.mkdtemp", fail)
+    with pytest.raises(kind, match=words):
+        refuse_place("-o out", tmp_path / "out")

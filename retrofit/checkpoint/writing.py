@@ -22,6 +22,7 @@ from retrofit.checkpoint.fingerprint import CHUNK, FileRecord, hash_file, sample
 from retrofit.checkpoint.manifest import MANIFEST
 from retrofit.errors import InputError, RetrofitError
 from retrofit.interrupts import raise_if_interrupted, shielded
+from retrofit.outputs import refuse_place
 
 Advance = Callable[[int], object]
 REPLACED = ".retrofit-replaced-"
@@ -61,11 +62,7 @@ def refuse_output(
         if not force:
             raise InputError(f"{out}: exists. Give another folder, or replace it with --force.")
         _refuse_foreign(out, names, check_earlier)
-    parent = next(folder for folder in target.parents if os.path.lexists(folder))
-    if not parent.is_dir():
-        raise InputError(f"{out}: {parent} is a file. Give a folder that is in another place.")
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise InputError(f"{out}: {parent} is read-only. Give a folder that you may write to.")
+    refuse_place(str(out), target)
 
 
 def _refuse_foreign(out: Path, names: set[str], check_earlier: Callable[[Path], object]) -> None:

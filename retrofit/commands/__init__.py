@@ -33,6 +33,7 @@ from retrofit.commands import (
 from retrofit.commands.console import print_json, result, say
 from retrofit.errors import RetrofitError, StoppedError
 from retrofit.interrupts import raise_if_interrupted, watched
+from retrofit.outputs import FULL
 
 INTERRUPTED = 130
 PERMISSIONS = (errno.EACCES, errno.EPERM, errno.EROFS)
@@ -171,7 +172,7 @@ def describe_error(error: Exception) -> tuple[str, int]:
 
 def _describe_os_error(error: OSError) -> tuple[str, int]:
     where = error.filename2 or error.filename or "the output"
-    if error.errno == errno.ENOSPC or error.errno == errno.EDQUOT:
+    if error.errno in FULL:
         return f"{where}: the disk is full. Free some space, or give another folder.", 1
     if error.errno == errno.ENAMETOOLONG:
         return f"{where}: the name is too long for this disk. Give a shorter one.", 2
