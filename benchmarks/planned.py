@@ -3,37 +3,31 @@
 A folder is written, `retrofit plan`'s own function predicts from its config, and the network that
 `load_networks` gives is called, dense and patched. Time is the process's CPU time, which other
 programs disturb least. Peak memory is the largest resident size in a call less the resident size
-before it, with libraries loaded by an earlier call and freed memory given back to the system.
+before it, each in a process of its own: `benchmarks.fresh_peak`.
 """
 
 from __future__ import annotations
 
-import ctypes
-import gc
-import os
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from benchmarks import models
+from benchmarks.fresh_peak import fresh_peak, open_network, patched
 from retrofit.checkpoint import find_checkpoint
-from retrofit.checkpoint.opening import load_networks
 from retrofit.cost.plan import Plan, Request, plan_checkpoint
+from retrofit.families.examples import InputSize
 from retrofit.inspection import AskedSize
-from retrofit.networks import find_networks
-from retrofit.patching import patch
 from retrofit.timing import Spread
 
 DENSE = "dense"
-PAGE = os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 4096
+Variant = tuple[str | None, Mapping[str, Any]]  # a method, None for none, and its settings
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +149,8 @@ class Call:
 
     Attributes:
         seconds: Of CPU time.
-        peak_bytes: Above the memory resident before, None where the system does not say.
+        peak_bytes: Above the memory resident before, of the same call in a fresh process; None
+            where the system does not say.
     """
 
     seconds: float
@@ -179,51 +174,45 @@ def predict_and_measure(
             )
             for label, (method, settings) in preset.variants.items()
         }
-        module = load_networks(find_checkpoint(str(place)), [""], device="cpu", dtype=name)
-        calls = _measure(module, preset, plans, dtype, rounds)
+        size = next(iter(plans.values())).networks[0].size
+        calls = _measure(preset, size, dtype, rounds, place)
     yield from _lines(plans, calls)
 
 
 def _measure(
-    module: nn.Module,
-    preset: Planned,
-    plans: Mapping[str, Plan],
-    dtype: torch.dtype,
-    rounds: int,
+    preset: Planned, size: InputSize, dtype: torch.dtype, rounds: int, place: Path
 ) -> dict[str, list[Call]]:
-    """Calls by label, interleaved."""
-    (network,) = find_networks(module, ())
-    family = network.family
-    module = network.module
-    assert family.inputs is not None  # noqa: S101 - it was planned
-    size = next(iter(plans.values())).networks[0].size
-    generator = torch.Generator().manual_seed(0)
-    drawn = family.inputs.make(module, size, generator)
-    inputs = {
-        name: x.to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-        for name, x in drawn.items()
+    """Calls by label."""
+    variants: dict[str, Variant] = {DENSE: (None, {}), **preset.variants}
+    seconds = _time_rounds(variants, size, dtype, rounds, place)
+    return {
+        label: [
+            Call(seconds=taken, peak_bytes=fresh_peak(place, dtype, size, *variants[label]))
+            for taken in seconds[label]
+        ]
+        for label in variants
     }
-    calls: dict[str, list[Call]] = {label: [] for label in (DENSE, *preset.variants)}
+
+
+def _time_rounds(
+    variants: Mapping[str, Variant], size: InputSize, dtype: torch.dtype, rounds: int, place: Path
+) -> dict[str, list[float]]:
+    """Seconds of calls by label, interleaved."""
+    seconds: dict[str, list[float]] = {label: [] for label in variants}
+    network, inputs = open_network(place, dtype, size)
     with torch.no_grad():
         for _ in range(rounds):
-            for label, done in calls.items():
-                with _patched(module, preset, label, denoises=family.denoises):
+            for label, variant in variants.items():
+                with patched(network, *variant) as module:
                     module(**inputs)  # libraries and a patch prepare themselves
-                    done.append(measure_call(lambda: module(**inputs)))
-    return calls
+                    seconds[label].append(_time(module, inputs))
+    return seconds
 
 
-@contextmanager
-def _patched(module: nn.Module, preset: Planned, label: str, *, denoises: bool) -> Iterator[None]:
-    if label == DENSE:
-        with nullcontext():
-            yield
-        return
-    method, settings = preset.variants[label]
-    with patch(module, method, **settings) as handle:
-        if denoises:
-            handle.at_step(0, 1)
-        yield
+def _time(module: nn.Module, inputs: Mapping[str, Any]) -> float:
+    start = time.process_time()
+    module(**inputs)
+    return time.process_time() - start
 
 
 def _lines(plans: Mapping[str, Plan], calls: Mapping[str, list[Call]]) -> Iterator[dict[str, Any]]:
@@ -245,32 +234,3 @@ def _lines(plans: Mapping[str, Plan], calls: Mapping[str, list[Call]]) -> Iterat
             "parts": dict(cost.seconds),
             "calibration_seconds": plan.rates.seconds,
         }
-
-
-def measure_call(run: Callable[[], Any]) -> Call:
-    """Time of one call and peak of another."""
-    start = time.process_time()
-    output = run()
-    seconds = time.process_time() - start
-    del output
-    before = _restart_peak()
-    output = run()
-    peak = None if before is None else _status("VmHWM") - before
-    del output
-    return Call(seconds=seconds, peak_bytes=peak)
-
-
-def _restart_peak() -> int | None:
-    """Give freed memory back and forget the peak so far; resident bytes now, None off Linux."""
-    gc.collect()
-    if sys.platform != "linux":
-        return None
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in text.splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks.planned import measure_call
+from benchmarks.fresh_peak import peak_of
 from retrofit.cost.heap import FIRST_THRESHOLD, LARGEST_THRESHOLD, Heap, is_simulated, resident_peak
 from retrofit.cost.trace import tracing
 
@@ -79,7 +79,7 @@ def test_a_real_call_takes_about_what_is_predicted(width):
     x = torch.randn(3000, 60)
     with torch.no_grad():
         model(x)
-        peak = measure_call(lambda: model(x)).peak_bytes
+        peak = peak_of(lambda: model(x))
     with tracing(model.to("meta")) as trace:
         model(x.to("meta"))
     live = trace.peak_bytes - trace.weight_bytes
