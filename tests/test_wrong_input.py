@@ -28,13 +28,31 @@ def test_a_missing_model(refused, tmp_path):
 
 def test_a_missing_model_at_the_root_lists_nothing(refused, tmp_path):
     line = refused(*patch_words("/usrr", tmp_path / "out"))
-    assert line == "error: /usrr: no such folder or file. A hub id looks like `owner/name`."
+    assert line == (
+        "error: /usrr: no such folder or file. Bundled models: rooms, shapes. A hub id looks like "
+        "`owner/name`."
+    )
 
 
 def test_a_misspelt_model_names_the_nearest(refused, encoder, copy_of, tmp_path):
     folder = copy_of(encoder)
     line = refused(*patch_words(folder.with_name("copy-of-minilmm"), tmp_path / "out"))
     assert f"Did you mean {folder.name}?" in line
+
+
+@pytest.mark.parametrize(
+    ("model", "near"),
+    [("shapess", "shapes"), ("rom", "rooms"), ("/no/such/shapes", "shapes"), ("/no/such", None)],
+)
+def test_a_missing_model_suggests_bundled_ones_and_only_what_is_called_nearly_so(
+    model, near, refused, tmp_path, monkeypatch
+):
+    (tmp_path / "sonata").mkdir()  # as little like the model as the rest of the folder
+    monkeypatch.chdir(tmp_path)
+    line = refused("inspect", model)
+    said = f" Did you mean {near}?" if near else ""
+    assert f"no such folder or file.{said} Bundled models: rooms, shapes. A hub id" in line
+    assert "sonata" not in line
 
 
 def test_a_misspelt_hub_id_says_what_was_looked_for(refused, tmp_path):

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from retrofit.checkpoint import hub
-from retrofit.checkpoint.bundled import resolve_bundled
+from retrofit.checkpoint.bundled import BUNDLED, resolve_bundled
 from retrofit.checkpoint.layouts import (
     Checkpoint,
     identify,
@@ -21,11 +22,12 @@ from retrofit.checkpoint.layouts import (
 )
 from retrofit.checkpoint.single_file import guess_config_repo
 from retrofit.checkpoint.weights import PICKLES, find_weights, refuse_pickle
-from retrofit.errors import CheckpointError, NotFoundError, RetrofitError, suggest
+from retrofit.errors import CheckpointError, NotFoundError, RetrofitError
 
 __all__ = ["HUB_ID", "PARTIAL", "Checkpoint", "find_checkpoint", "identify", "read_json"]
 
 PARTIAL = ".retrofit-partial-"
+NEAR = 0.6  # likeness of a name from which on it may have been meant
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
 
 
@@ -51,7 +53,7 @@ def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = ""
         return _single_file(path, str(model), config)
     matched = HUB_ID.fullmatch(str(model))
     if matched is None or _is_misspelt(path):
-        raise NotFoundError(f"{model}: no such folder or file. {_nearby(path)}")
+        raise NotFoundError(f"{model}: no such folder or file. {_nearby(path, BUNDLED)}")
     return _fetch(str(model), *matched.groups(), weights=weights, config=config)
 
 
@@ -141,16 +143,23 @@ def _is_misspelt(path: Path) -> bool:
 
 
 def _names_beside(path: Path) -> list[str]:
-    parent = path.parent if path.parent.is_dir() else Path()
+    """Names of what may be checkpoints in the folder where the user looked, if there is one."""
     return [
         entry.name
-        for entry in parent.iterdir()
+        for entry in (path.parent.iterdir() if path.parent.is_dir() else ())
         if not entry.name.startswith(".") and (entry.is_dir() or entry.suffix == ".safetensors")
     ]
 
 
-def _nearby(path: Path) -> str:
-    """What lies where the user looked; never the root, which nobody keeps checkpoints in."""
+def _nearby(path: Path, bundled: Collection[str] = ()) -> str:
+    """What is called nearly so: beside it, or among the bundled checkpoints, which are listed.
+
+    Nothing of the root, which nobody keeps checkpoints in.
+    """
     parent = path.absolute().parent
-    listed = "" if parent == parent.parent else f"{suggest(path.name, _names_beside(path)[:50])} "
-    return f"{listed}A hub id looks like `owner/name`."
+    beside = [] if parent == parent.parent else _names_beside(path)
+    names = sorted({*beside, *bundled})
+    near = difflib.get_close_matches(path.name, names, cutoff=NEAR)
+    said = [f"Did you mean {' or '.join(near)}?"] if near else []
+    said += [f"Bundled models: {', '.join(sorted(bundled))}."] if bundled else []
+    return " ".join([*said, "A hub id looks like `owner/name`."])
