@@ -24,6 +24,7 @@ from retrofit.handlers import UNREACHED
 from retrofit.intercept import ReplaceFunction, install, uninstall
 from retrofit.methods import METHODS
 from retrofit.networks import FoundNetwork, find_networks, module_of
+from retrofit.picture_sizes import refuse_off_grid
 from retrofit.sites import AttentionSite, Network
 
 
@@ -249,6 +250,8 @@ def _network_size(
         return InputSize(
             height=native.height, width=native.width, frames=frames, tokens=native.tokens
         )
+    if pixels > 1 and "frames" not in examples.axes:  # video pipelines round sizes themselves
+        refuse_off_grid(asked.width, asked.height, pixels * examples.packed)
     return InputSize(
         height=-(-asked.height // pixels), width=-(-asked.width // pixels), frames=frames
     )

@@ -220,5 +220,6 @@ FAMILY = Family(
         probes=lambda module: tuple(InputSize(height=side, width=side) for side in PROBES),
         make=_make_packed,
         latent_scale=(1, 8),
+        packed=PACKED,
     ),
 )

@@ -6,8 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from retrofit.checkpoint import Checkpoint, find_checkpoint, read_json
-from retrofit.errors import InputError, UnsupportedError
+from retrofit.errors import UnsupportedError
 from retrofit.generate.request import Request
+from retrofit.picture_sizes import refuse_off_grid
 
 DEFAULTS = "generation_config.json"  # of a checkpoint: its steps and guidance
 DEFAULT_KEYS = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
@@ -62,17 +63,7 @@ def complete_request(request: Request, checkpoint: Checkpoint) -> Request:
     if request.width is None or request.height is None:
         width, height = _default_size(request, checkpoint, multiple)
         return replace(request, width=width, height=height)
-    wrong = [side for side in (request.width, request.height) if side % multiple]
-    if wrong:
-        smaller, larger = (
-            f"{max(multiple, request.width // multiple * multiple + up(request.width))}x"
-            f"{max(multiple, request.height // multiple * multiple + up(request.height))}"
-            for up in (lambda side: 0, lambda side: multiple if side % multiple else 0)
-        )
-        raise InputError(
-            f"--size {request.width}x{request.height}: expected multiples of {multiple} pixels, "
-            f"got {' and '.join(map(str, wrong))}. The nearest are {smaller} and {larger}."
-        )
+    refuse_off_grid(request.width, request.height, multiple)
     return request
 
 

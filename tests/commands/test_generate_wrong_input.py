@@ -44,7 +44,7 @@ def test_a_size_off_the_grid_offers_the_nearest(refused):
     line = refused("--size", "100x64")
     assert "expected multiples of 8 pixels, got 100" in line
     assert "The nearest are 96x64 and 104x64" in line
-    assert "The nearest are 8x64 and 8x64" in refused("--size", "3x64")
+    assert "The nearest is 8x64." in refused("--size", "3x64")
     assert "WIDTHxHEIGHT" in refused("--size", "big")
 
 

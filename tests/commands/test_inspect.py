@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -130,6 +131,35 @@ def test_a_size_that_does_not_fit_is_refused(arguments, message, encoder, run_co
     assert answer.code == 2
     assert message in answer.err
     assert answer.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "size", "multiple", "nearest"),
+    [
+        (tiny_models.make_flux, "100x100", 16, "The nearest are 96x96 and 112x112"),
+        (tiny_models.make_flux, "64x24", 16, "The nearest are 64x16 and 64x32"),
+        (tiny_models.make_sd15_unet, "100x64", 8, "The nearest are 96x64 and 104x64"),
+    ],
+)
+def test_pixels_off_the_grid_are_refused_with_the_nearest(
+    make, size, multiple, nearest, tmp_path, run_command
+):
+    make().save_pretrained(tmp_path)
+    answer = run_command("inspect", tmp_path, "--size", size)
+    assert answer.code == 2
+    assert f"--size {size}: expected multiples of {multiple} pixels" in answer.err
+    assert nearest in answer.err
+    assert run_command("inspect", tmp_path, "--size", nearest.split()[3]).code == 0
+
+
+def test_the_help_shows_the_methods_that_its_example_takes(tmp_path, run_command):
+    tiny_models.make_sdxl_unet().save_pretrained(tmp_path)
+    said = re.compile(r"methods that apply: ((?:[\w-]+, )*[\w-]+)")
+    found = [
+        said.search(" ".join(run_command("inspect", given).out.split()))[1].split(", ")
+        for given in (tmp_path, "--help")
+    ]
+    assert sorted(found[0]) == sorted(found[1])
 
 
 def test_a_network_of_no_family_is_refused_with_the_families(pipeline, run_command):
