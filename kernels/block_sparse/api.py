@@ -136,6 +136,7 @@ def _run(
                 return attend_plain(p, block_mask)
         return attend_plain(p, block_mask)
     tensors = p.query, p.key, p.value
+    needs_grad = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
     return block_sparse_op(
         *tensors,
         pack_blocks(block_mask),
@@ -143,7 +144,7 @@ def _run(
         *p.block_size,
         p.is_causal,
         p.scale,
-        return_lse,
+        return_lse or needs_grad,
         name,
     )
 

@@ -6,10 +6,12 @@ from torch import Tensor
 
 from retrofit.kernels._dispatch import OPERATORS, Probe, Support, choose_backend
 from retrofit.kernels._triton import triton_supports
+from retrofit.kernels.block_sparse.backward import attend_backward
 from retrofit.kernels.block_sparse.eager import attend_on_cpu
 from retrofit.kernels.block_sparse.lists import BlockLists
 from retrofit.kernels.block_sparse.native import attend_native, native_supports
 from retrofit.kernels.block_sparse.plain import Problem, attend_eagerly, new_results
+from retrofit.kernels.block_sparse.triton_backward import triton_backward
 from retrofit.kernels.block_sparse.triton_route import triton_attention
 
 OPERATOR = "block_sparse_attention"
@@ -37,14 +39,7 @@ def run_backend(
         Output in the dtype of `value`, stored as `[B, S_q, H, D_v]`; log-sum-exp if asked for.
     """
     p = problem
-    probe = Probe(
-        device=p.query.device.type,
-        dtype=p.query.dtype,
-        head_dim=max(p.query.shape[3], p.value.shape[3]),
-        num_tokens=max(p.query.shape[2], p.key.shape[2]),
-        is_strided=any(x.stride(3) != 1 for x in (p.query, p.key, p.value)),
-    )
-    name = choose_backend(OPERATOR, probe, backend)
+    name = _choose(p, backend)
     out, lse = new_results(p.query, p.value)
     if not p.query.numel() or not p.value.numel() or _is_empty(block_mask):
         return out.zero_(), lse.fill_(float("-inf"))
@@ -55,6 +50,36 @@ def run_backend(
     if p.query.device.type == "cpu":
         return attend_on_cpu(p, block_mask, with_lse=with_lse)
     return attend_eagerly(p, block_mask)
+
+
+def run_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    problem: Problem,
+    block_mask: Tensor | BlockLists,
+    out: Tensor,
+    lse: Tensor,
+    *,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients on the backend that ran the call, or by the PyTorch route where it has none."""
+    p = problem
+    is_empty = not p.query.numel() or not p.value.numel() or _is_empty(block_mask)
+    if _choose(p, backend) == "triton" and not is_empty:
+        return triton_backward(grad_out, grad_lse, p, block_mask, out, lse)
+    return attend_backward(grad_out, grad_lse, p, block_mask, out)
+
+
+def _choose(p: Problem, backend: str) -> str:
+    """Name of the backend that runs a call."""
+    probe = Probe(
+        device=p.query.device.type,
+        dtype=p.query.dtype,
+        head_dim=max(p.query.shape[3], p.value.shape[3]),
+        num_tokens=max(p.query.shape[2], p.key.shape[2]),
+        is_strided=any(x.stride(3) != 1 for x in (p.query, p.key, p.value)),
+    )
+    return choose_backend(OPERATOR, probe, backend)
 
 
 def _is_empty(block_mask: Tensor | BlockLists) -> bool:

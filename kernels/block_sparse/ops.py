@@ -19,8 +19,7 @@ from retrofit.kernels._operator import (
     refuse_derivative,
     without_autocast,
 )
-from retrofit.kernels.block_sparse.backends import run_backend
-from retrofit.kernels.block_sparse.backward import attend_backward
+from retrofit.kernels.block_sparse.backends import run_backend, run_backward
 from retrofit.kernels.block_sparse.lists import BlockLists, count_blocks, mask_from_lists
 from retrofit.kernels.block_sparse.plain import Problem, new_results
 
@@ -97,14 +96,16 @@ def _differentiate(
     key: Tensor,
     value: Tensor,
     out: Tensor,
+    lse: Tensor,
     blocks: list[Tensor],
     attn_mask: Tensor | None,
     block_q: int,
     block_k: int,
     is_causal: bool,
     scale: float,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, through the PyTorch route on every device."""
+    """Gradients of query, key and value."""
     problem = Problem(
         query=query,
         key=key,
@@ -115,7 +116,9 @@ def _differentiate(
         scale=scale,
     )
     with without_autocast(query.device.type):
-        return attend_backward(grad_out, grad_lse, problem, unpack_blocks(blocks), out)
+        return run_backward(
+            grad_out, grad_lse, problem, unpack_blocks(blocks), out, lse, backend=backend
+        )
 
 
 def _differentiate_fake(
@@ -135,24 +138,16 @@ block_sparse_backward_op = define_operator(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    query, key, value, blocks, attn_mask, *settings, with_lse, _ = inputs
-    ctx.with_lse = with_lse
-    ctx.save_for_backward(query, key, value, output[0], attn_mask, *blocks)
-    ctx.settings = settings
+    query, key, value, blocks, attn_mask, *settings, with_lse, backend = inputs
+    assert with_lse or not any(ctx.needs_input_grad[:3])
+    ctx.save_for_backward(query, key, value, *output, attn_mask, *blocks)
+    ctx.settings = (*settings, backend)
 
 
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
-    query, key, value, out, attn_mask, *blocks = ctx.saved_tensors
+    query, key, value, out, lse, attn_mask, *blocks = ctx.saved_tensors
     grads = block_sparse_backward_op(
-        grad_out,
-        grad_lse if ctx.with_lse else None,
-        query,
-        key,
-        value,
-        out,
-        blocks,
-        attn_mask,
-        *ctx.settings,
+        grad_out, grad_lse, query, key, value, out, lse, blocks, attn_mask, *ctx.settings
     )
     return (*grads, [None] * len(blocks), *[None] * 7)
 
@@ -214,6 +209,7 @@ def _count_backward_flops(
     key: Tensor,
     value: Tensor,
     out: Any,
+    lse: Any,
     blocks: list[Tensor],
     attn_mask: Any,
     block_q: int,

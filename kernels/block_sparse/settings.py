@@ -6,10 +6,11 @@ import enum
 import json
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from retrofit.errors import UnsupportedError
 from retrofit.kernels._triton import pad_dim
+from retrofit.kernels._triton_launch import Launch
 
 TABLE = Path(__file__).parent / "settings.json"
 MAX_SPLITS = 16
@@ -22,21 +23,6 @@ class MaskWork(enum.Enum):
     NONE = enum.auto()  # at most the end of the sequence
     ROWS = enum.auto()  # causal, or a mask over keys
     TILES = enum.auto()  # masks with a value of their own for every pair
-
-
-class Launch(NamedTuple):
-    """Tile of a program, and how it is compiled."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    max_registers: int | None = None
-
-    def options(self) -> dict[str, int]:
-        """Options of the compiler."""
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
 
 
 @lru_cache(maxsize=1)

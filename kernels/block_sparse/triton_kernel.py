@@ -7,6 +7,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from retrofit.kernels._triton_parts import load_bias, load_tile, store_tile
+
 
 @triton.jit
 def add_tile(acc, peak, total, scores, b_v, scale_log2, IS_MASKED: tl.constexpr):
@@ -27,34 +29,35 @@ def add_tile(acc, peak, total, scores, b_v, scale_log2, IS_MASKED: tl.constexpr)
 
 
 @triton.jit
-def add_attn_mask(scores, p_mask, row, key, m_key, row_step, key_step, KIND: tl.constexpr):
-    """Apply a mask over keys, or over rows and keys: 1, 2 bool; 3, 4 added to the scores."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    if KIND % 2 == 1:
-        p_tile = (p_mask + key.to(tl.int64) * key_step)[None, :]
-        m_tile = m_key[None, :]
-    else:
-        p_tile = (
-            p_mask + row.to(tl.int64)[:, None] * row_step + key.to(tl.int64)[None, :] * key_step
-        )
-        m_tile = m_key[None, :] & (row >= 0)[:, None]
+def add_attn_mask(
+    scores, p_mask, query, key, m_query, m_key, query_step, key_step, KIND: tl.constexpr
+):
+    """Apply a mask over keys, or over queries and keys: 1, 2 bool; 3, 4 added to the scores.
+
+    Positions come as a row and a column, whichever of them the queries are.
+    """
+    p_tile = p_mask + key.to(tl.int64) * key_step
+    m_tile = m_key
+    if KIND % 2 == 0:
+        p_tile += query.to(tl.int64) * query_step
+        m_tile = m_key & m_query
     if KIND <= 2:
         seen = tl.load(p_tile, mask=m_tile, other=0)
         scores = tl.where(seen != 0, scores, -float("inf"))
     else:
-        bias = tl.load(p_tile, mask=m_tile, other=0.0).to(tl.float32)
-        # the lowest finite value must not become -inf: a row of it is a plain mean
-        scores += tl.where(bias > -float("inf"), tl.maximum(bias * LOG2E, -2e38), bias)
+        scores += load_bias(p_tile, m_tile)
     return scores
 
 
 @triton.jit
-def load_tile(p, token, step, d, m_token, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Tokens by dims, zero outside."""
-    m = m_token[:, None]
-    if DIM < BLOCK:
-        m = m & (d < DIM)[None, :]
-    return tl.load(p + token.to(tl.int64)[:, None] * step + d[None, :], mask=m, other=0.0)
+def read_mask_bits(
+    p_mask_bits, mask_id, query, key, m_tile, BLOCK_Q: tl.constexpr, MASK_WORDS: tl.constexpr
+):
+    """Which pairs of a block are seen; query and key count from where it begins."""
+    p_word = p_mask_bits + (tl.maximum(mask_id, 0) * BLOCK_Q + query) * MASK_WORDS + key // 32
+    word = tl.load(p_word, mask=m_tile, other=0)
+    word = tl.where(mask_id < 0, -1, word)
+    return ((word >> (key % 32)) & 1) != 0
 
 
 @triton.jit(
@@ -175,8 +178,6 @@ def block_sparse_fwd_kernel(
     row = i_q * BLOCK_Q + inside
     m_row = (inside < BLOCK_Q) & (row < len_q)
     row = tl.where(m_row, row, -1)
-    d = tl.arange(0, BLOCK_D)
-    e = tl.arange(0, BLOCK_V)
     n = tl.arange(0, BLOCK_N)
     i_kv = (i_head // groups).to(tl.int64)
     if not HAS_DESCRIPTORS:
@@ -195,7 +196,7 @@ def block_sparse_fwd_kernel(
         b_q = descriptor_q.load([q_row + i_q * BLOCK_Q + i_row * BLOCK_M, i_head * q_columns_head])
     else:
         p_head = p_q + i_batch * q_batch + i_head.to(tl.int64) * q_head
-        b_q = load_tile(p_head, row, q_token, d, m_row, HEAD_DIM, BLOCK_D)
+        b_q = load_tile(p_head, row, q_token, m_row, HEAD_DIM, BLOCK_D)
     if SIGN != 1:
         b_q = b_q * SIGN
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
@@ -211,19 +212,27 @@ def block_sparse_fwd_kernel(
         if HAS_DESCRIPTORS:
             b_k = descriptor_k.load([k_row + start, k_column])
         else:
-            b_k = load_tile(p_k, key, k_token, d, m_key, HEAD_DIM, BLOCK_D)
+            b_k = load_tile(p_k, key, k_token, m_key, HEAD_DIM, BLOCK_D)
         scores = tl.dot(b_q, b_k.T, input_precision="ieee")
         if MASKS_ALL:
             scores *= scale_log2
             if MASK_KIND > 0:
                 scores = add_attn_mask(
-                    scores, p_mask, row, key, m_key, mask_row, mask_key, MASK_KIND
+                    scores,
+                    p_mask,
+                    row[:, None],
+                    key[None, :],
+                    m_row[:, None],
+                    m_key[None, :],
+                    mask_row,
+                    mask_key,
+                    MASK_KIND,
                 )
             scores = tl.where(m_key[None, :], scores, -float("inf"))
         if HAS_DESCRIPTORS:
             b_v = descriptor_v.load([v_row + start, v_column])
         else:
-            b_v = load_tile(p_v, key, v_token, e, m_key, VALUE_DIM, BLOCK_V)
+            b_v = load_tile(p_v, key, v_token, m_key, VALUE_DIM, BLOCK_V)
         acc, peak, total = add_tile(acc, peak, total, scores, b_v, scale_log2, MASKS_ALL)
 
     if HAS_PARTIAL:
@@ -235,35 +244,44 @@ def block_sparse_fwd_kernel(
             key = start + n
             within = at % TILES * BLOCK_N + n
             m_key = (key < len_k) & (within < BLOCK_K)
-            b_k = load_tile(p_k, key, k_token, d, m_key, HEAD_DIM, BLOCK_D)
+            b_k = load_tile(p_k, key, k_token, m_key, HEAD_DIM, BLOCK_D)
             scores = tl.dot(b_q, b_k.T, input_precision="ieee") * scale_log2
             if MASK_KIND > 0:
                 scores = add_attn_mask(
-                    scores, p_mask, row, key, m_key, mask_row, mask_key, MASK_KIND
+                    scores,
+                    p_mask,
+                    row[:, None],
+                    key[None, :],
+                    m_row[:, None],
+                    m_key[None, :],
+                    mask_row,
+                    mask_key,
+                    MASK_KIND,
                 )
             m = m_key[None, :]
             if IS_CAUSAL:
                 m = m & (key[None, :] <= row[:, None])
             if MASK_WORDS > 0:
                 mask_id = tl.load(p_mask_ids + i_list * list_width + at // TILES).to(tl.int64)
-                p_word = (
-                    p_mask_bits + (tl.maximum(mask_id, 0) * BLOCK_Q + inside)[:, None] * MASK_WORDS
-                )
                 m_word = m_key[None, :] & (inside < BLOCK_Q)[:, None]
-                word = tl.load(p_word + (within // 32)[None, :], mask=m_word, other=0)
-                word = tl.where(mask_id < 0, -1, word)
-                m = m & (((word >> (within % 32)[None, :]) & 1) != 0)
+                m = m & read_mask_bits(
+                    p_mask_bits,
+                    mask_id,
+                    inside[:, None],
+                    within[None, :],
+                    m_word,
+                    BLOCK_Q,
+                    MASK_WORDS,
+                )
             scores = tl.where(m, scores, -float("inf"))
-            b_v = load_tile(p_v, key, v_token, e, m_key, VALUE_DIM, BLOCK_V)
+            b_v = load_tile(p_v, key, v_token, m_key, VALUE_DIM, BLOCK_V)
             acc, peak, total = add_tile(acc, peak, total, scores, b_v, scale_log2, True)
 
     is_empty = total == 0.0
     out = acc / tl.where(is_empty, 1.0, total)[:, None]
     p_out += i_split.to(tl.int64) * out_split + i_batch * out_batch
     p_out += i_head.to(tl.int64) * out_head
-    m_out = m_row[:, None] & (e < VALUE_DIM)[None, :]
-    p_row = p_out + row.to(tl.int64)[:, None] * out_token
-    tl.store(p_row + e[None, :], out.to(p_out.dtype.element_ty), mask=m_out)
+    store_tile(p_out, row, out_token, out, m_row, VALUE_DIM, BLOCK_V)
     if HAS_LSE:
         lse = (peak + tl.log2(tl.where(is_empty, 1.0, total))) * LN2
         lse = tl.where(is_empty, -float("inf"), lse)

@@ -8,10 +8,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retrofit.kernels._triton import capability, num_processors, pad_dim
+from retrofit.kernels._triton import (
+    capability,
+    num_processors,
+    pad_dim,
+    with_adjacent_channels,
+)
+from retrofit.kernels._triton_launch import Launch
 from retrofit.kernels.block_sparse.lists import BlockLists, count_blocks, list_entries_valid
 from retrofit.kernels.block_sparse.plain import Problem
-from retrofit.kernels.block_sparse.settings import Launch, MaskWork, choose_launch, choose_splits
+from retrofit.kernels.block_sparse.settings import MaskWork, choose_launch, choose_splits
 
 LOG2E = 1 / math.log(2)
 
@@ -109,10 +115,7 @@ def triton_attention(
 ) -> None:
     """Fill `out` `[B, H, S_q, D_v]` and, where given, `lse` `[B, H, S_q]` (float32, contiguous)."""
     p = problem
-    query, key, value = (
-        x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-        for x in (p.query, p.key, p.value)
-    )
+    query, key, value = (with_adjacent_channels(x) for x in (p.query, p.key, p.value))
     lists = order_lists(block_mask, p)
     dim = pad_dim(max(query.shape[3], value.shape[3]))
     arch, size = capability(query.device), query.element_size()
@@ -162,9 +165,8 @@ def _launch(
     assert out is not None
     batch, heads, len_q, dim = query.shape
     row_blocks = count_blocks(p.block_size[0], launch.block_m)
-    kind, mask, mask_strides = _attn_mask(p.attn_mask)
+    kind, mask, mask_strides = attn_mask_arguments(p.attn_mask)
     descriptors, starts = _descriptors(tensors, views, launch)
-    list_heads = lists.counts.shape[1] * p.num_query_blocks
     grid = (row_blocks * p.num_query_blocks * splits * heads * batch,)
     block_sparse_fwd_kernel[grid](
         query,
@@ -186,8 +188,7 @@ def _launch(
         *value.stride()[:3],
         *(out.stride()[:4] if splits > 1 else (0, *out.stride()[:3])),
         *mask_strides,
-        list_heads if lists.counts.shape[0] > 1 else 0,
-        p.num_query_blocks if lists.counts.shape[1] > 1 else 0,
+        *list_strides(lists.counts),
         lists.indices.shape[-1],
         heads,
         heads // key.shape[1],
@@ -242,6 +243,18 @@ def _descriptors(
     return descriptors, starts
 
 
+def list_strides(per_list: Tensor, rows: int | None = None) -> list[int]:
+    """Rows of lists between batches and between heads, 0 where they share their lists.
+
+    Args:
+        per_list: `[B', H', n]`.
+        rows: Rows of a list; `n` by default.
+    """
+    rows = per_list.shape[2] if rows is None else rows
+    steps = rows * per_list.shape[1], rows
+    return [step if n > 1 else 0 for step, n in zip(steps, per_list.shape, strict=False)]
+
+
 def _order(lists: OrderedLists, p: Problem) -> Tensor | None:
     """Query blocks of each row of lists, the longest first: what is left at the end is short."""
     if p.num_query_blocks == 1:
@@ -250,7 +263,7 @@ def _order(lists: OrderedLists, p: Problem) -> Tensor | None:
     return order.to(torch.int32)
 
 
-def _attn_mask(attn_mask: Tensor | None) -> tuple[int, Tensor | None, list[int]]:
+def attn_mask_arguments(attn_mask: Tensor | None) -> tuple[int, Tensor | None, list[int]]:
     """Kind of an attention mask for the kernel, the mask, its strides."""
     if attn_mask is None:
         return 0, None, [0] * 4

@@ -5,45 +5,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retrofit.kernels._triton import capability
+from retrofit.kernels._triton import capability, with_adjacent_channels
+from retrofit.kernels._triton_launch import choose_key_launch, choose_query_launch
 
 from .pattern import Pattern
 from .triton_route import (
-    Launch,
     TritonPlan,
     find_plan,
     kernel_constants,
     key_mask,
-    with_adjacent_channels,
 )
-
-
-def choose_query_launch(head_dim: int, element_size: int, capability: int) -> Launch:
-    """Settings for gradients of queries that compile without spills; not tuned on a device yet.
-
-    Args:
-        head_dim: Of keys or values, the larger.
-        element_size: Bytes of an element.
-        capability: Of the device, times ten: 90 for an H100.
-    """
-    if element_size == 4:
-        return Launch(32, 16, 8, 1) if head_dim <= 64 else Launch(16, 16, 8, 1)
-    if head_dim > 128:
-        return Launch(64, 16, 8, 2)
-    if head_dim > 64:
-        return Launch(64, 32, 4 if capability >= 90 else 8, 2)
-    return Launch(128, 64, 8, 2)
-
-
-def choose_key_launch(head_dim: int, element_size: int, capability: int) -> Launch:
-    """The same for gradients of keys and values, which hold two sums at once."""
-    if element_size == 4:
-        return Launch(32, 16, 8, 1) if head_dim <= 128 else Launch(16, 16, 8, 1)
-    if head_dim > 128:
-        return Launch(32, 16, 8, 2)
-    if head_dim > 64:
-        return Launch(64, 16, 8, 2)
-    return Launch(64, 32, 8, 2) if capability >= 90 else Launch(64, 32, 4, 1)
 
 
 def triton_backward(

@@ -11,30 +11,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from retrofit.kernels._triton_parts import load_bias, load_lse, load_tile, store_tile, weigh_again
+
 from .triton_tiles import (
     VARYING,
     count_used,
     find_columns,
     find_program,
     find_rows,
-    load_bias,
-    load_rows,
-    store_rows,
 )
-
-
-@triton.jit
-def load_lse(p_lse, mask):
-    """Log-sum-exp for exponents of two; inf where nothing is seen, so that weights are 0."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    lse = tl.load(p_lse, mask=mask, other=-float("inf"))
-    return tl.where(lse == -float("inf"), float("inf"), lse * LOG2E)
-
-
-@triton.jit
-def weigh_again(scores, lse, m):
-    """Weights of a tile; a row of lowest finite scores has a log-sum-exp that rounds below them."""
-    return tl.where(m, tl.exp2(tl.minimum(scores - lse, 0.0)), 0.0)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -138,9 +123,9 @@ def grid_window_bwd_dq_kernel(
     p_dout += i_batch * dout_batch + i_head * dout_head
     p_out += i_batch * out_batch + i_head * out_head
     p_mask_base = i_batch * mask_batch + i_head * mask_head
-    b_q = load_rows(p_q, row, q_token, m_row, HEAD_DIM, BLOCK_D)
-    b_dout = load_rows(p_dout, row, dout_token, m_row, VALUE_DIM, BLOCK_V)
-    b_out = load_rows(p_out, row, out_token, m_row, VALUE_DIM, BLOCK_V)
+    b_q = load_tile(p_q, row, q_token, m_row, HEAD_DIM, BLOCK_D)
+    b_dout = load_tile(p_dout, row, dout_token, m_row, VALUE_DIM, BLOCK_V)
+    b_out = load_tile(p_out, row, out_token, m_row, VALUE_DIM, BLOCK_V)
     delta = tl.sum(b_dout.to(tl.float32) * b_out.to(tl.float32), 1)
     if HAS_DLSE:
         delta -= tl.load(p_dlse + i_rows + row, mask=m_row, other=0.0)
@@ -170,8 +155,8 @@ def grid_window_bwd_dq_kernel(
             seen = tl.load(p_seen + p_mask_base + key * mask_token, mask=m_key, other=0)
             m_key = m_key & (seen != 0)
             m &= m_key[None, :]
-        b_k = load_rows(p_k, key, k_token, m_key, HEAD_DIM, BLOCK_D)
-        b_v = load_rows(p_v, key, v_token, m_key, VALUE_DIM, BLOCK_V)
+        b_k = load_tile(p_k, key, k_token, m_key, HEAD_DIM, BLOCK_D)
+        b_v = load_tile(p_v, key, v_token, m_key, VALUE_DIM, BLOCK_V)
         scores = tl.dot(b_q, b_k.T, input_precision="ieee") * (scale * LOG2E)
         if HAS_BIAS:
             scores += load_bias(p_bias + p_mask_base + key * mask_token, m_key)[None, :]
@@ -180,7 +165,7 @@ def grid_window_bwd_dq_kernel(
         dscores = weights * (dweights - delta[:, None])
         acc = tl.dot(dscores.to(b_k.dtype), b_k, acc, input_precision="ieee")
     p_dq += i_rows * HEAD_DIM
-    store_rows(p_dq, row, HEAD_DIM, m_row, acc * scale, HEAD_DIM, BLOCK_D)
+    store_tile(p_dq, row, HEAD_DIM, acc * scale, m_row, HEAD_DIM, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=VARYING)
@@ -274,8 +259,8 @@ def grid_window_bwd_dkv_kernel(
     )
     p_k += i_batch * k_batch + i_kv * k_head
     p_v += i_batch * v_batch + i_kv * v_head
-    b_k = load_rows(p_k, row, k_token, m_row, HEAD_DIM, BLOCK_D)
-    b_v = load_rows(p_v, row, v_token, m_row, VALUE_DIM, BLOCK_V)
+    b_k = load_tile(p_k, row, k_token, m_row, HEAD_DIM, BLOCK_D)
+    b_v = load_tile(p_v, row, v_token, m_row, VALUE_DIM, BLOCK_V)
     acc_k = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     for i_group in tl.range(0, groups):
@@ -310,13 +295,13 @@ def grid_window_bwd_dkv_kernel(
             )
             if HAS_SEEN:
                 m = m & m_shown[:, None]
-            b_q = load_rows(p_query, query, q_token, m_query, HEAD_DIM, BLOCK_D)
+            b_q = load_tile(p_query, query, q_token, m_query, HEAD_DIM, BLOCK_D)
             scores = tl.dot(b_k, b_q.T, input_precision="ieee") * (scale * LOG2E)
             if HAS_BIAS:
                 scores += bias[:, None]
             lse = load_lse(p_lse + i_rows + query, m_query)
             weights = weigh_again(scores, lse[None, :], m)
-            b_dout = load_rows(p_grad, query, dout_token, m_query, VALUE_DIM, BLOCK_V)
+            b_dout = load_tile(p_grad, query, dout_token, m_query, VALUE_DIM, BLOCK_V)
             acc_v = tl.dot(weights.to(b_dout.dtype), b_dout, acc_v, input_precision="ieee")
             dweights = tl.dot(b_v, b_dout.T, input_precision="ieee")
             delta = tl.load(p_delta + i_rows + query, mask=m_query, other=0.0)
@@ -325,5 +310,5 @@ def grid_window_bwd_dkv_kernel(
     i_rows = (i_batch * num_heads + i_kv) * seq_len
     p_dk += i_rows * HEAD_DIM
     p_dv += i_rows * VALUE_DIM
-    store_rows(p_dk, row, HEAD_DIM, m_row, acc_k * scale, HEAD_DIM, BLOCK_D)
-    store_rows(p_dv, row, VALUE_DIM, m_row, acc_v, VALUE_DIM, BLOCK_V)
+    store_tile(p_dk, row, HEAD_DIM, acc_k * scale, m_row, HEAD_DIM, BLOCK_D)
+    store_tile(p_dv, row, VALUE_DIM, acc_v, m_row, VALUE_DIM, BLOCK_V)

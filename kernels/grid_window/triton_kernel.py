@@ -7,15 +7,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from retrofit.kernels._triton_parts import load_bias, load_tile, store_tile
+
 from .triton_tiles import (
     VARYING,
     count_used,
     find_columns,
     find_program,
     find_rows,
-    load_bias,
-    load_rows,
-    store_rows,
 )
 
 
@@ -116,13 +115,11 @@ def grid_window_fwd_kernel(
         SPECIAL_ROWS,
         HAS_SPECIAL,
     )
-    d = tl.arange(0, BLOCK_D)
     p_k += i_batch * k_batch + (i_head // groups) * k_head
     p_v += i_batch * v_batch + (i_head // groups) * v_head
     p_mask_base = i_batch * mask_batch + i_head * mask_head
-    m_d = d < HEAD_DIM
     p_q += i_batch * q_batch + i_head * q_head
-    b_q = load_rows(p_q, row, q_token, m_row, HEAD_DIM, BLOCK_D)
+    b_q = load_tile(p_q, row, q_token, m_row, HEAD_DIM, BLOCK_D)
     acc = tl.zeros([BLOCK_M, BLOCK_V], tl.float32)
     peak = tl.full([BLOCK_M], -float("inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
@@ -145,10 +142,8 @@ def grid_window_fwd_kernel(
             SPECIAL_ROWS,
             HAS_SPECIAL,
         )
-        b_k = tl.load(
-            p_k + key[None, :] * k_token + d[:, None], mask=m_key[None, :] & m_d[:, None], other=0.0
-        )
-        scores = tl.dot(b_q, b_k, input_precision="ieee") * scale_log2
+        b_k = load_tile(p_k, key, k_token, m_key, HEAD_DIM, BLOCK_D)
+        scores = tl.dot(b_q, b_k.T, input_precision="ieee") * scale_log2
         if HAS_BIAS:
             scores += load_bias(p_bias + p_mask_base + key * mask_token, m_key)[None, :]
         if HAS_SEEN:
@@ -157,14 +152,14 @@ def grid_window_fwd_kernel(
             m &= m_key[None, :]
         scores = tl.where(m, scores, -float("inf"))
         weights, shrink, peak, total = weigh(scores, peak, total)
-        b_v = load_rows(p_v, key, v_token, m_key, VALUE_DIM, BLOCK_V)
+        b_v = load_tile(p_v, key, v_token, m_key, VALUE_DIM, BLOCK_V)
         acc = acc * shrink[:, None]
         acc = tl.dot(weights.to(b_v.dtype), b_v, acc, input_precision="ieee")
 
     is_empty = total == 0.0
     total = tl.where(is_empty, 1.0, total)
     p_out += i_batch * out_batch + i_head * out_head
-    store_rows(p_out, row, out_token, m_row, acc / total[:, None], VALUE_DIM, BLOCK_V)
+    store_tile(p_out, row, out_token, acc / total[:, None], m_row, VALUE_DIM, BLOCK_V)
     if HAS_LSE:
         lse = tl.where(is_empty, -float("inf"), (peak + tl.log2(total)) * LN2)
         tl.store(p_lse + (i_batch * num_heads + i_head) * seq_len + row, lse, mask=m_row)

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from retrofit.kernels._triton import capability, pad_dim
+from retrofit.kernels._triton import capability, pad_dim, with_adjacent_channels
+from retrofit.kernels._triton_launch import Launch
 
 from .axes import AxisTables
 from .key_tiles import key_tables
@@ -17,19 +18,6 @@ from .pattern import Pattern
 from .positions import axis_steps, first_grid_position, special_token_positions
 
 LOG2E = 1 / math.log(2)
-
-
-class Launch(NamedTuple):
-    """Tile of a program, and how many warps and stages work on it."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-    def options(self) -> dict[str, int]:
-        """Options of the compiler."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
 
 class AxisArrays(NamedTuple):
@@ -115,11 +103,6 @@ def triton_attention(
     if plan.special.shape[0]:
         _launch(q, k, v, out, lse, plan, attn_mask, scale, True)
     return out, lse
-
-
-def with_adjacent_channels(x: Tensor) -> Tensor:
-    """The tensor, copied if the kernels could not read its last axis."""
-    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
 
 
 def find_plan(

@@ -169,32 +169,3 @@ def find_columns(
         if MASKED_2:
             m &= is_between(slots[2], lows[2], highs[2]) | m_special
     return column.to(tl.int64), m_column, m
-
-
-@triton.jit
-def load_rows(p, row, step, m_row, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows of a matrix, `[len(row), BLOCK]`, zero where there are none."""
-    d = tl.arange(0, BLOCK)
-    return tl.load(
-        p + row[:, None] * step + d[None, :], mask=m_row[:, None] & (d < DIM)[None, :], other=0.0
-    )
-
-
-@triton.jit
-def store_rows(p, row, step, m_row, x, DIM: tl.constexpr, BLOCK: tl.constexpr):
-    """The inverse of `load_rows`, in the dtype of the matrix."""
-    d = tl.arange(0, BLOCK)
-    tl.store(
-        p + row[:, None] * step + d[None, :],
-        x.to(p.dtype.element_ty),
-        mask=m_row[:, None] & (d < DIM)[None, :],
-    )
-
-
-@triton.jit
-def load_bias(p_bias, mask):
-    """What is added to scores, for exponents of two."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    bias = tl.load(p_bias, mask=mask, other=0.0)
-    # the lowest finite value must not become -inf: a row of it is a plain mean
-    return tl.where(bias > -float("inf"), tl.maximum(bias * LOG2E, -2e38), bias)

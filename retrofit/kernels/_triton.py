@@ -6,6 +6,7 @@ import importlib.util
 import os
 
 import torch
+from torch import Tensor
 
 from retrofit.kernels._dispatch import Support
 
@@ -59,3 +60,8 @@ def num_processors(device: torch.device) -> int:
 def pad_dim(dim: int) -> int:
     """Head dim as a tile holds it: a power of two, 16 at least."""
     return max(16, 1 << (dim - 1).bit_length())
+
+
+def with_adjacent_channels(x: Tensor) -> Tensor:
+    """The tensor, copied if the kernels could not read its last axis."""
+    return x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()

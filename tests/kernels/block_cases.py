@@ -31,6 +31,13 @@ LSE_TOLERANCES = {
     torch.float64: 1e-12,
 }
 
+GRADIENT_TOLERANCES = {
+    torch.float32: 1e-5,
+    torch.bfloat16: 1.2e-2,
+    torch.float16: 2e-3,
+    torch.float64: 1e-11,
+}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -187,6 +194,31 @@ def check_against_reference(
     limit = 1e-2 if rounds else LSE_TOLERANCES[dtype]
     limit = limit * (1 + expected_lse[seen].abs())
     assert (error <= limit).all()
+
+
+def gradients(arguments: dict[str, Any], backend: str, *, with_lse: bool) -> list[Tensor]:
+    """Gradients of a function of the output (and of the log-sum-exp) for query, key and value."""
+    leaves = [arguments[name].detach().requires_grad_() for name in ("query", "key", "value")]
+    named = dict(zip(("query", "key", "value"), leaves, strict=True))
+    out, lse = block_sparse_attention(**{**arguments, **named}, backend=backend, return_lse=True)
+    loss = out.double().sin().sum()
+    if with_lse:
+        loss = loss + lse.double().masked_fill(lse.isinf(), 0).cos().sum()
+    return list(torch.autograd.grad(loss, leaves))
+
+
+def check_gradients(case: Case, backend: str, dtype: torch.dtype, device: str = "cpu") -> None:
+    """Compare gradients with those of the masked dense definition in float64."""
+    arguments = case.arguments(dtype)
+    found = gradients(on_device(arguments, device), backend, with_lse=True)
+    expected = gradients(in_float64(arguments), "reference", with_lse=True)
+    # where rows see one key only, the scores have no gradient: what is left is rounding
+    floor = max(grad.norm().item() for grad in expected) * 0.1
+    for name, grad, right in zip(("query", "key", "value"), found, expected, strict=True):
+        assert grad.dtype == dtype
+        assert grad.shape == arguments[name].shape
+        error = (grad.cpu().double() - right).norm()
+        assert error <= GRADIENT_TOLERANCES[dtype] * max(right.norm().item(), floor), name
 
 
 @contextmanager

@@ -11,15 +11,9 @@ from torch import Tensor
 
 from retrofit.grid import TokenGrid
 from retrofit.kernels import neighborhood_attention, window_attention
-from tests.kernels.block_cases import LSE_TOLERANCES, TOLERANCES
+from tests.kernels.block_cases import GRADIENT_TOLERANCES, LSE_TOLERANCES, TOLERANCES
 
 Axes = tuple[int, int, int]
-GRADIENT_TOLERANCES = {
-    torch.float32: 1e-5,
-    torch.bfloat16: 1.2e-2,
-    torch.float16: 2e-3,
-    torch.float64: 1e-11,
-}
 
 
 @dataclass(frozen=True, kw_only=True)

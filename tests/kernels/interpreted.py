@@ -14,7 +14,13 @@ from retrofit.errors import UnsupportedError
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_by_score
 from retrofit.kernels.block_sparse import triton_route
 from retrofit.kernels.block_sparse.plain import Problem
-from tests.kernels.block_cases import Case, cases, check_against_reference, empty_is_nan
+from tests.kernels.block_cases import (
+    Case,
+    cases,
+    check_against_reference,
+    check_gradients,
+    empty_is_nan,
+)
 from tests.kernels.grid_cases import (
     GridCase,
     check_grid_case,
@@ -53,6 +59,19 @@ def test_block_sparse_in_half_precision_matches_reference(mask: str) -> None:
     check_against_reference(
         Case(len_q=40, len_k=50, mask=mask, batch=2, dim=5), "triton", torch.float16
     )
+
+
+@settings(max_examples=8, deadline=None)
+@given(case=cases().filter(is_cheap))
+def test_block_sparse_gradients_match_those_of_the_definition(case: Case) -> None:
+    with empty_is_nan():
+        check_gradients(case, "triton", torch.float32)
+
+
+@pytest.mark.parametrize("form", ["lists", "bits"])
+def test_block_sparse_gradients_in_half_precision_match_those_of_the_definition(form: str) -> None:
+    case = Case(heads=4, kv_heads=2, len_q=40, len_k=50, mask="full bias", form=form)
+    check_gradients(case, "triton", torch.float16)
 
 
 @pytest.mark.parametrize("is_causal", [False, True])

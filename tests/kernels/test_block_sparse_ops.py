@@ -19,20 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from retrofit.kernels import block_sparse_attention, lists_from_mask
 from retrofit.kernels.block_sparse.native import library
 from retrofit.kernels.block_sparse.ops import pack_blocks
-from tests.kernels.block_cases import Case, cases, in_float64
+from tests.kernels.block_cases import Case, cases, gradients, in_float64
 
 FORMS = ["mask", "lists", "bits"]
-
-
-def gradients(arguments: dict[str, Any], backend: str, with_lse: bool) -> list[Tensor]:
-    """Gradients of a function of the output (and of the log-sum-exp) for query, key and value."""
-    leaves = [arguments[name].detach().requires_grad_() for name in ("query", "key", "value")]
-    named = dict(zip(("query", "key", "value"), leaves, strict=True))
-    out, lse = block_sparse_attention(**{**arguments, **named}, backend=backend, return_lse=True)
-    loss = out.double().sin().sum()
-    if with_lse:
-        loss = loss + lse.double().masked_fill(lse.isinf(), 0).cos().sum()
-    return list(torch.autograd.grad(loss, leaves))
 
 
 @settings(max_examples=40, deadline=None)

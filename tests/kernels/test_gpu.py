@@ -14,7 +14,12 @@ from retrofit.kernels import (
     select_by_score,
     window_attention,
 )
-from tests.kernels.block_cases import Case, check_against_reference, empty_is_nan
+from tests.kernels.block_cases import (
+    Case,
+    check_against_reference,
+    check_gradients,
+    empty_is_nan,
+)
 from tests.kernels.grid_cases import GridCase, check_grid_case, check_grid_gradients
 
 pytestmark = [
@@ -28,7 +33,7 @@ DIMS = [(64, 64), (128, 128), (40, 40), (80, 96), (256, 256)]
 @pytest.mark.parametrize("dims", DIMS, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("block_size", [(128, 64), (64, 64), (128, 128), (10, 7)], ids=str)
-def test_block_sparse_matches_reference(
+def test_block_sparse_and_its_gradients_match_reference(
     block_size: tuple[int, int], dtype: torch.dtype, dims: tuple[int, int]
 ) -> None:
     for n, form in enumerate(("mask", "lists", "bits")):
@@ -51,6 +56,7 @@ def test_block_sparse_matches_reference(
                 )
                 with empty_is_nan():
                     check_against_reference(case, "triton", dtype, "cuda")
+                    check_gradients(case, "triton", dtype, "cuda")
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

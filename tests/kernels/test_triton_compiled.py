@@ -11,17 +11,20 @@ import pytest
 
 pytest.importorskip("triton")
 
+from retrofit.kernels._triton_launch import Launch, choose_key_launch, choose_query_launch
 from retrofit.kernels.block_select.triton_kernel import select_kernel
-from retrofit.kernels.block_sparse.settings import Launch, MaskWork, choose_launch, load_settings
+from retrofit.kernels.block_sparse.settings import MaskWork, choose_launch, load_settings
+from retrofit.kernels.block_sparse.triton_backward_kernel import (
+    block_sparse_bwd_dkv_kernel,
+    block_sparse_bwd_dq_kernel,
+)
 from retrofit.kernels.block_sparse.triton_kernel import block_sparse_fwd_kernel
 from retrofit.kernels.block_sparse.triton_route import kernel_constants
-from retrofit.kernels.grid_window.triton_backward import choose_key_launch, choose_query_launch
 from retrofit.kernels.grid_window.triton_backward_kernel import (
     grid_window_bwd_dkv_kernel,
     grid_window_bwd_dq_kernel,
 )
 from retrofit.kernels.grid_window.triton_kernel import grid_window_fwd_kernel
-from retrofit.kernels.grid_window.triton_route import Launch as WindowLaunch
 from retrofit.kernels.grid_window.triton_route import choose_launch as choose_window_launch
 from retrofit.kernels.merge.triton_kernel import merge_fwd_kernel
 from tests.kernels.compiled import MATRIX, SHARED_LIMITS, Binary, compile_kernel
@@ -122,6 +125,54 @@ def test_float32_fits(arch: int, dim: int) -> None:
     check(binary, arch, "fp32")
 
 
+GRADIENTS = [
+    (arch, dtype, dim, side)
+    for arch in ARCHS
+    for dtype in ("bf16", "fp16", "fp32")
+    for dim in (64, 128)
+    for side in ("queries", "keys")
+]
+GRADIENTS_FEW = [(90, "bf16", 64, "keys")]
+every_gradient = pytest.mark.parametrize(
+    ("arch", "dtype", "dim", "side"),
+    [
+        *GRADIENTS_FEW,
+        *(pytest.param(*case, marks=slow) for case in GRADIENTS if case not in GRADIENTS_FEW),
+    ],
+)
+
+
+def gradient_launch(side: str, dim: int, dtype: str, arch: int) -> Launch:
+    return (choose_query_launch if side == "queries" else choose_key_launch)(
+        dim, SIZES[dtype], arch
+    )
+
+
+def gradient_types(dtype: str) -> dict[str, str]:
+    types = dict.fromkeys(("p_q", "p_k", "p_v", "p_dout", "p_out", "p_d*"), f"*{dtype}")
+    return types | {"p_lse": "*fp32", "p_delta": "*fp32", "p_*": "*i32", "scale": "fp32"}
+
+
+@every_gradient
+def test_gradients_of_block_sparse_do_not_spill(arch: int, dtype: str, dim: int, side: str) -> None:
+    launch = gradient_launch(side, dim, dtype, arch)
+    constants: dict[str, Any] = {
+        **kernel_constants((128, 64), (dim, dim), launch),
+        "MASK_KIND": 0,
+        "MASK_WORDS": 0,
+        "IS_CAUSAL": False,
+        "p_mask": None,
+        "p_mask_ids": None,
+        "p_mask_bits": None,
+    }
+    kernel = block_sparse_bwd_dkv_kernel
+    if side == "queries":
+        kernel = block_sparse_bwd_dq_kernel
+        constants |= {"HAS_DLSE": False, "p_dlse": None}
+    types = gradient_types(dtype)
+    check(compile_kernel(kernel, arch, types, constants, launch.options()), arch, dtype)
+
+
 WINDOW_FEW = [(90, "bf16", 64, (False, True, True))]
 WINDOW_MANY = [
     (arch, dtype, dim, masked)
@@ -147,9 +198,7 @@ def test_grid_windows_do_not_spill(
     check(binary, arch, dtype)
 
 
-def window_constants(
-    dim: int, masked: tuple[bool, bool, bool], launch: WindowLaunch
-) -> dict[str, Any]:
+def window_constants(dim: int, masked: tuple[bool, bool, bool], launch: Launch) -> dict[str, Any]:
     """Compile-time arguments of a call without special tokens and masks."""
     return {
         "HEAD_DIM": dim,
@@ -168,34 +217,15 @@ def window_constants(
     }
 
 
-GRADIENT_FEW = [(90, "bf16", 64, "keys")]
-GRADIENT_MANY = [
-    (arch, dtype, dim, side)
-    for arch in ARCHS
-    for dtype in ("bf16", "fp16", "fp32")
-    for dim in (64, 128)
-    for side in ("queries", "keys")
-]
-
-
-@pytest.mark.parametrize(
-    ("arch", "dtype", "dim", "side"),
-    [
-        *GRADIENT_FEW,
-        *(pytest.param(*c, marks=slow) for c in GRADIENT_MANY if c not in GRADIENT_FEW),
-    ],
-)
+@every_gradient
 def test_gradients_of_grid_windows_do_not_spill(arch: int, dtype: str, dim: int, side: str) -> None:
-    launch = (choose_query_launch if side == "queries" else choose_key_launch)(
-        dim, SIZES[dtype], arch
-    )
-    types = dict.fromkeys(("p_q", "p_k", "p_v", "p_dout", "p_out", "p_d*"), f"*{dtype}")
-    types |= {"p_lse": "*fp32", "p_delta": "*fp32", "p_*": "*i32", "scale": "fp32"}
+    launch = gradient_launch(side, dim, dtype, arch)
     constants = window_constants(dim, (False, True, True), launch)
     kernel = grid_window_bwd_dkv_kernel
     if side == "queries":
         kernel = grid_window_bwd_dq_kernel
         constants |= {"HAS_DLSE": False, "p_dlse": None}
+    types = gradient_types(dtype)
     check(compile_kernel(kernel, arch, types, constants, launch.options()), arch, dtype)
 
 
