@@ -15,9 +15,11 @@ class Launch(NamedTuple):
     max_registers: int | None = None
 
     def options(self) -> dict[str, int]:
-        """Options of the compiler."""
-        limit = {} if self.max_registers is None else {"maxnreg": self.max_registers}
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, **limit}
+        """Options of the compiler; fused products and sums are not a default of every version."""
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        if self.max_registers is not None:
+            options["maxnreg"] = self.max_registers
+        return {**options, "enable_fp_fusion": True}
 
 
 def choose_query_launch(head_dim: int, element_size: int, capability: int) -> Launch:

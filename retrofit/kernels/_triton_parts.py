@@ -22,9 +22,7 @@ def load_tile(p, token, step, m_token, DIM: tl.constexpr, BLOCK: tl.constexpr):
 def store_tile(p, token, step, x, m_token, DIM: tl.constexpr, BLOCK: tl.constexpr):
     """The inverse, in the dtype of what it is stored in."""
     d = tl.arange(0, BLOCK)
-    m = m_token[:, None]
-    if DIM < BLOCK:
-        m = m & (d < DIM)[None, :]
+    m = m_token[:, None] & (d < DIM)[None, :]
     p_tile = p + token.to(tl.int64)[:, None] * step + d[None, :]
     tl.store(p_tile, x.to(p.dtype.element_ty), mask=m)
 
