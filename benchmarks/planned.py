@@ -225,6 +225,7 @@ def _lines(plans: Mapping[str, Plan], calls: Mapping[str, list[Call]]) -> Iterat
             "case": label,
             "size": str(network.size),
             "predicted_seconds": cost.total,
+            "predicted_speed": 1.0 if label == DENSE else network.speed,
             "measured_seconds": Spread(values=tuple(call.seconds for call in done)).median,
             "predicted_peak_bytes": cost.call_bytes,
             "measured_peak_bytes": Spread(values=tuple(map(float, peaks))).median
