@@ -100,7 +100,7 @@ def _launch_queries(p: Problem, tensors: list[Any], lists: OrderedLists) -> None
         p.num_query_blocks,
         len_q,
         p.key.shape[2],
-        p.scale,
+        float(p.scale),
         **constants,
         HAS_DLSE=tensors[6] is not None,
         **launch.options(),
@@ -135,7 +135,7 @@ def _launch_keys(p: Problem, tensors: list[Any], lists: OrderedLists) -> None:
         p.num_key_blocks,
         p.query.shape[2],
         len_k,
-        p.scale,
+        float(p.scale),
         **constants,
         **launch.options(),
     )
