@@ -152,7 +152,7 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
     for tokens, speed in sorted({**network.elsewhere, network.tokens: network.speed}.items()):
         here = "  (the size asked for)" if tokens == network.tokens else ""
         print_lines(f"at {tokens:>8} tokens: {speed:5.2f}x{here}")
-    print_lines("", verdict(network, plan.recipe.method.name))
+    print_lines("", verdict(network, plan.recipe.method))
     if words := kept_words(network):
         print_lines(words)
     if behind := FAMILIES[network.family].behind:
@@ -233,7 +233,8 @@ def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
         "break_even_tokens": network.break_even(),
         "keep": network.kept and network.kept.needed,
         "keep_computed": network.kept and network.kept.computed,
-        "verdict": verdict(network, plan.recipe.method.name),
+        "changes_nothing": network.is_idle,
+        "verdict": verdict(network, plan.recipe.method),
         "not_counted": FAMILIES[network.family].behind or None,
     }
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
 from retrofit.cost.trace import SPARSE_KINDS, SitePairs, Trace, attention_operation
+from retrofit.methods.base import DENSE
 from retrofit.patching import Patch
 
 
@@ -65,6 +66,7 @@ class _Operator:
     def __init__(self, operator: Any, trace: Trace) -> None:
         self.operator = operator
         self.trace = trace
+        trace.is_changed = trace.is_changed or operator is not DENSE
 
     def __call__(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
         before = self.trace.flops_of(*SPARSE_KINDS)

@@ -11,10 +11,12 @@ from retrofit.cost.kept import Kept
 from retrofit.cost.rates import Rates
 from retrofit.cost.trace import Trace
 from retrofit.families.examples import InputSize
+from retrofit.methods.base import Method
 
 HELPS = 1.05  # predicted speed from which patching is said to help
 HARMS = 0.95
 SAME = 0.005  # relative difference of shares that is not worth a word
+ROUNDING = 1e-9
 CALLS = "calls"
 KINDS = ("attention", "sparse", "product", "convolution", "memory", CALLS)
 
@@ -61,6 +63,7 @@ class NetworkPlan:
         patched: Mean cost of a call over the denoising steps.
         elsewhere: Predicted speed at other sizes, by tokens of the largest attention call.
         kept: Query-key pairs at the patched sites, None where none is patched.
+        is_idle: Whether the patch changes nothing at this size.
     """
 
     name: str
@@ -71,6 +74,7 @@ class NetworkPlan:
     patched: Cost
     elsewhere: Mapping[int, float]
     kept: Kept | None = None
+    is_idle: bool = False
     latent_scale: tuple[int, int] = (1, 1)
 
     @property
@@ -91,19 +95,25 @@ class NetworkPlan:
     def break_even(self) -> int | None:
         """Tokens from which on patching is predicted to be faster.
 
-        0 where it is faster at every size that was tried; None where it is not at the largest, or
-        makes no difference anywhere.
+        0 where it is faster at every size that was tried; None where it is not at the largest.
         """
-        points = sorted({**self.elsewhere, self.tokens: self.speed}.items())
+        points = self.points()
         speeds = [speed for _, speed in points]
-        if speeds[-1] < 1 or max(speeds) == 1:
+        if speeds[-1] <= 1:
             return None
-        if min(speeds) >= 1:
+        if min(speeds) > 1:
             return 0
-        last = max(i for i, speed in enumerate(speeds) if speed < 1)
+        last = max(i for i, speed in enumerate(speeds) if speed <= 1)
         (small, below), (large, above) = points[last : last + 2]
         part = -math.log(below) / (math.log(above) - math.log(below))
         return round(small * (large / small) ** part)
+
+    def points(self) -> list[tuple[int, float]]:
+        """Tokens and predicted speed, the smallest size first; 1 where sums differ in last bits."""
+        return [
+            (tokens, 1.0 if math.isclose(speed, 1, rel_tol=ROUNDING) else speed)
+            for tokens, speed in sorted({**self.elsewhere, self.tokens: self.speed}.items())
+        ]
 
 
 def cost_of(traces: Sequence[tuple[Trace, int]], rates: Rates) -> Cost:
@@ -140,17 +150,20 @@ def _call_bytes(trace: Trace, rates: Rates) -> float:
     return trace.peak_bytes - trace.weight_bytes
 
 
-def verdict(plan: NetworkPlan, method: str) -> str:
+def verdict(plan: NetworkPlan, method: Method) -> str:
     """In plain words, whether patching helps at this size."""
+    if plan.is_idle:
+        said = method.explain_no_change(f"{plan.tokens} tokens", method.name)
+        return f"{said} {_break_even_words(plan)}"
     share = f"attention takes {plan.attention_share:.0%} of a dense call"
     limit = f"doing none of it would give {plan.limit:.2f}x"
     if plan.speed >= HELPS:
-        said = f"{method} should make a call about {plan.speed:.2f}x as fast here: {share}"
+        said = f"{method.name} should make a call about {plan.speed:.2f}x as fast here: {share}"
     elif plan.speed > HARMS:
-        said = f"{method} will not help here ({plan.speed:.2f}x): {share}, and {limit}"
+        said = f"{method.name} will not help here ({plan.speed:.2f}x): {share}, and {limit}"
     else:
         said = (
-            f"{method} will make a call slower here ({plan.speed:.2f}x as fast): {share}, and "
+            f"{method.name} will make a call slower here ({plan.speed:.2f}x as fast): {share}, and "
             f"{limit}"
         )
     return f"{said}. {_break_even_words(plan)}"
@@ -174,12 +187,12 @@ def kept_words(plan: NetworkPlan) -> str:
 
 
 def _break_even_words(plan: NetworkPlan) -> str:
-    points = sorted({**plan.elsewhere, plan.tokens: plan.speed}.items())
+    points = plan.points()
     between = f"{points[0][0]} to {points[-1][0]} tokens"
     speeds = [speed for _, speed in points]
     if all(HARMS < speed < HELPS for speed in speeds):
         return f"It makes little difference at any size that was tried ({between})."
-    if min(speeds) >= 1:
+    if min(speeds) > 1:
         return f"It is faster at every size that was tried ({between})."
     if max(speeds) < 1:
         return f"It is slower at every size that was tried ({between})."

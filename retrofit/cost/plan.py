@@ -177,6 +177,7 @@ def _plan(
         dense=cost_of([(here.dense, 1)], rates),
         patched=cost_of(here.patched, rates),
         kept=kept_by(here.patched),
+        is_idle=here.is_idle,
         elsewhere={
             other.tokens: sum(seconds_of([(other.dense, 1)], rates).values())
             / sum(seconds_of(other.patched, rates).values())

@@ -36,11 +36,13 @@ class AtSize:
             included.
         dense: One call.
         patched: The different calls of a run, each with how many steps it stands for.
+        is_idle: Whether all of these do just what the dense call does.
     """
 
     tokens: int
     dense: Trace
     patched: list[tuple[Trace, int]]
+    is_idle: bool
 
     @property
     def traces(self) -> list[Trace]:
@@ -104,7 +106,8 @@ def _trace_size(target: Any, network: FoundNetwork, size: InputSize, request: Re
     ) as handle:
         steps = request.steps if network.family.denoises else 1
         patched = _trace_steps(network, handle, inputs, steps)
-    return AtSize(tokens=dense.tokens, dense=dense, patched=patched)
+    is_idle = not handle.state.acted and not any(trace.is_changed for trace, _ in patched)
+    return AtSize(tokens=dense.tokens, dense=dense, patched=patched, is_idle=is_idle)
 
 
 def _trace_steps(

@@ -103,6 +103,7 @@ class Trace:
         operators: How many were called, views included.
         tokens: Queries of the largest call of dense attention.
         sites: What each patched attention call keeps.
+        is_changed: Whether one of these does anything but what the dense call does.
         weight_bytes: Of parameters and buffers.
         peak_bytes: Most memory held at once, weights included.
         events: What the call allocated and freed, weights left out.
@@ -113,6 +114,7 @@ class Trace:
     operators: int = 0
     tokens: int = 0
     sites: list[SitePairs] = field(default_factory=list)
+    is_changed: bool = False
     weight_bytes: int = 0
     peak_bytes: int = 0
     events: list[Event] = field(default_factory=list)

@@ -20,6 +20,7 @@ from retrofit.cost.trace import Trace, tracing
 from retrofit.families.examples import InputSize
 from retrofit.inspection import AskedSize
 from retrofit.kernels import block_sparse_attention, neighborhood_attention, window_attention
+from retrofit.methods import METHODS
 from tests import tiny_models
 from tests.architectures.small_networks import small_vggt
 
@@ -256,12 +257,17 @@ def test_break_even_lies_where_the_speed_passes_1():
 
 
 @pytest.mark.parametrize(
-    ("elsewhere", "expected"),
-    [({25: 1.0, 400: 1.0}, None), ({25: 1.0, 400: 0.7}, None), ({25: 1.1, 400: 1.2}, 0)],
-    ids=["no difference", "slower where it is large", "faster everywhere"],
+    ("patched", "elsewhere", "expected"),
+    [
+        (1.0, {25: 1.0, 400: 1.0}, None),
+        (1.0, {25: 1.0, 400: 0.7}, None),
+        (0.8, {25: 1.1, 400: 1.2}, 0),
+        (1.0, {25: 1 + 1e-12, 400: 1.2}, 100),
+    ],
+    ids=["no difference", "slower where it is large", "faster everywhere", "idle where small"],
 )
-def test_break_even_needs_a_gain_at_the_largest_size(elsewhere, expected):
-    plan = network_plan({"attention": 1.0}, {"sparse": 1.0}, elsewhere)
+def test_break_even_needs_a_gain_at_the_largest_size(patched, elsewhere, expected):
+    plan = network_plan({"attention": 1.0}, {"sparse": patched}, elsewhere)
     assert plan.break_even() == expected
 
 
@@ -283,7 +289,15 @@ def test_the_verdict_is_in_plain_words(dense, patched, elsewhere, words):
         {"sparse": patched[0], "product": patched[1]},
         elsewhere,
     )
-    assert all(word in verdict(plan, "window") for word in words)
+    assert all(word in verdict(plan, METHODS["window"]()) for word in words)
+
+
+def test_a_patch_that_changes_nothing_is_named(run_command, encoder):
+    options = ("-m", "window", "--tokens", 32, "--set", "window_size=32")
+    answer = run_command("plan", encoder, *options)
+    assert answer.code == 0, answer.err
+    assert "window changes nothing at 32 tokens: every token sees all" in answer.out
+    assert "should make a call" not in answer.out
 
 
 def test_the_command_prints_a_prediction(run_command, encoder):
