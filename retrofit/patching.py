@@ -45,9 +45,10 @@ class PatchReport:
     changed: tuple[str, ...]
 
     def __str__(self) -> str:
-        """One line: `block-sparse: patched 6 of 6 sites`."""
-        total = len(self.patched) + len(self.skipped)
-        return f"{self.method}: patched {len(self.patched)} of {total} attention sites"
+        """One line: `hidiffusion: patched 5 of 32 attention sites, 10 other modules`."""
+        total, others = len(self.patched) + len(self.skipped), len(self.changed)
+        modules = f", {others} other module{'s' * (others > 1)}" if others else ""
+        return f"{self.method}: patched {len(self.patched)} of {total} attention sites{modules}"
 
 
 class Patch:

@@ -12,7 +12,7 @@ from retrofit.checkpoint.proof import make_proof
 from retrofit.compare import compare_models
 from retrofit.compare.measure import ModelCall, ModelInput
 from retrofit.compare.report import to_dict, verdict
-from retrofit.generate.watching import TimeSaved
+from retrofit.generate.watching import TimeSaved, Watch
 from retrofit.methods import METHODS
 from retrofit.recipe import Recipe
 from tests import tiny_models, tiny_pipelines
@@ -112,6 +112,20 @@ def test_a_difference_as_small_as_that_of_equal_runs_is_no_saving(patched, sprea
         calls=10, patched_seconds=patched, dense_call_seconds=1.0, dense_spread=spread
     )
     assert saved.verdict == said
+
+
+def test_a_few_calls_say_nothing_of_time():
+    saved = TimeSaved(calls=3, patched_seconds=9.0, dense_call_seconds=1.0)
+    assert saved.verdict == "few"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [([5.0], 5.0), ([5.0, 1.0, 2.0], 4.0), ([1.0, 3.0], 4.0)],
+)
+def test_the_first_call_counts_no_more_than_the_second(seconds, expected):
+    watch = Watch(network=torch.nn.Identity(), name="unet", seconds=seconds)
+    assert watch.settled_seconds() == expected
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,12 @@ def test_a_missing_model(refused, tmp_path):
     assert "owner/name" in line
 
 
+def test_an_empty_name_is_not_the_present_folder(refused):
+    line = refused("inspect", "")
+    assert line.startswith("error: MODEL: expected a folder")
+    assert "empty name" in line
+
+
 def test_a_missing_model_at_the_root_lists_nothing(refused, tmp_path):
     line = refused(*patch_words("/usrr", tmp_path / "out"))
     assert line == (

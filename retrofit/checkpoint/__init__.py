@@ -45,6 +45,11 @@ def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = ""
         NotFoundError: If there is nothing of that name.
         CheckpointError: If it is not a checkpoint, an interrupted write, or a pickle.
     """
+    if not str(model).strip():
+        raise NotFoundError(
+            "MODEL: expected a folder, a .safetensors file, a hub id, `shapes` or `rooms`, got an "
+            "empty name. The present folder is `.`."
+        )
     path = Path(resolve_bundled(model)).expanduser()
     _refuse_partial(path)
     if path.is_dir():

@@ -90,7 +90,7 @@ def run(
     again: retrofit generate --like star.png -o again.png
 
     $ retrofit generate --prompt "a red star" --size 256x256 --method hidiffusion -o large.png
-    unet2d: hidiffusion: patched 5 of 32 attention sites
+    unet2d: hidiffusion: patched 5 of 32 attention sites, 10 other modules
     wrote large.png: 256x256, seed 0, 5.2 s
     denoising: 4.8 s, dense 4.7 s (25 calls of 0.19 s, as 2 timed after this run): no difference
     beyond what two runs of the same work differ by

@@ -181,10 +181,9 @@ def _describe(
     plan: Plan, proof: dict[str, Any] | None, out: Path | None, seconds: float
 ) -> list[str]:
     report = plan.handle.report
-    others = f", {count(len(report.changed), 'other module')}" if report.changed else ""
     settings = plan.recipe.to_dict()["parameters"].items()
     lines = [
-        f"{', '.join(report.families)}: {report}{others}",
+        f"{', '.join(report.families)}: {report}",
         "settings: " + ", ".join(f"{name} {value}" for name, value in settings),
     ]
     reasons: dict[str, int] = {}

@@ -176,7 +176,7 @@ class Generator:
         watch.last = None
         return TimeSaved(
             calls=len(watch.seconds),
-            patched_seconds=sum(watch.seconds),
+            patched_seconds=watch.settled_seconds(),
             dense_call_seconds=sum(dense) / len(dense),
             dense_calls=len(dense),
             dense_spread=(max(dense) - min(dense)) * len(dense) / sum(dense),

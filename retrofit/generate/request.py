@@ -208,6 +208,10 @@ class Request:
         }
 
 
+def _listed(values: Sequence[int]) -> str:
+    return ", ".join(map(str, values))
+
+
 def _rules(request: Request) -> list[tuple[bool, str]]:
     """Every mistake that can be made, and what to say of it."""
     return [
@@ -215,14 +219,17 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
             not request.prompts or any(not prompt.strip() for prompt in request.prompts),
             "--prompt: expected a text. Say what to draw.",
         ),
-        (request.steps is not None and request.steps < 1, "--steps: expected 1 or more."),
+        (
+            request.steps is not None and request.steps < 1,
+            f"--steps: expected 1 or more, got {request.steps}.",
+        ),
         (
             request.guidance is not None and not 0 <= request.guidance < math.inf,
             f"--guidance: expected a number, 0 or more, got {request.guidance}; 0 or 1 is none.",
         ),
         (
             any(not 0 <= seed < SEED_LIMIT for seed in request.seeds),
-            f"--seed: expected 0 or more, below {SEED_LIMIT}.",
+            f"--seed: expected 0 or more, below {SEED_LIMIT}, got {_listed(request.seeds)}.",
         ),
         (
             request.mask is not None and request.image is None,
@@ -234,11 +241,11 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
         ),
         (
             request.strength is not None and not 0 < request.strength <= 1,
-            "--strength: expected more than 0 and at most 1.",
+            f"--strength: expected more than 0 and at most 1, got {request.strength}.",
         ),
         (
             request.eta is not None and not 0 <= request.eta <= 1,
-            "--eta: expected 0 to 1.",
+            f"--eta: expected 0 to 1, got {request.eta}.",
         ),
         *(
             (
@@ -257,7 +264,7 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
         ),
         (
             request.offload not in ("none", "model", "sequential"),
-            "--offload: expected none, model or sequential.",
+            f"--offload: expected none, model or sequential, got {request.offload!r}.",
         ),
     ]
 

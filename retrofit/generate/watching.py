@@ -18,6 +18,8 @@ from retrofit.errors import NonFiniteError
 from retrofit.finite import find_nonfinite, is_finite
 
 AGAIN = 3  # dense calls at the end, at most
+SHORT = 1.0  # seconds that these may take however short the run was
+FEW = 4  # calls below which a run says nothing of time
 ALIKE = 0.05  # part of the dense time by which two runs of the same work differ
 DTYPES = "Try --dtype float32 or bfloat16 instead of float16."
 
@@ -28,7 +30,7 @@ class TimeSaved:
 
     Attributes:
         calls: Of the denoising network.
-        patched_seconds: All of them, as measured.
+        patched_seconds: All of them, by `Watch.settled_seconds`.
         dense_call_seconds: Mean of the dense calls on the inputs of the last, after the run.
         dense_calls: How many these were.
         dense_spread: The longest less the shortest of them, as a part of their mean.
@@ -56,8 +58,10 @@ class TimeSaved:
         return self.seconds / self.dense_seconds
 
     @property
-    def verdict(self) -> Literal["saved", "lost", "alike"]:
+    def verdict(self) -> Literal["saved", "lost", "alike", "few"]:
         """What may be said of it: `alike` where it is no more than equal runs differ by."""
+        if self.calls < FEW:
+            return "few"
         if abs(self.fraction) <= max(ALIKE, self.dense_spread):
             return "alike"
         return "saved" if self.seconds > 0 else "lost"
@@ -137,15 +141,21 @@ class Watch:
         finally:
             self.__enter__()
 
+    def settled_seconds(self) -> float:
+        """All calls; the first also prepares libraries, and counts no more than the second."""
+        first, *others = self.seconds
+        return min([first, *others[:1]]) + sum(others)
+
     def time_last_again(self) -> list[float]:
         """Seconds of further calls on the last step's inputs, as the network is now.
 
-        One call, and up to `AGAIN` while they take less than a tenth of the run.
+        One call, and up to `AGAIN` while they take less than a tenth of the run, or `SHORT`.
         """
         assert self.last is not None  # noqa: S101 - the caller has looked
         args, kwargs = self.last
         taken: list[float] = []
-        while not taken or (len(taken) < AGAIN and sum(taken) + taken[0] < sum(self.seconds) / 10):
+        room = max(SHORT, sum(self.seconds) / 10)
+        while not taken or (len(taken) < AGAIN and sum(taken) + taken[0] < room):
             with torch.no_grad():
                 _finish(args, kwargs)
                 started = time.perf_counter()
