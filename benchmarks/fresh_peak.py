@@ -62,7 +62,7 @@ def fresh_peak(
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
     child = run_child("benchmarks.fresh_peak", [json.dumps(asked)], environment=environment)
     if child.returncode:
-        raise RuntimeError(child.stderr.strip())  # noqa: TRY002 - it ends the benchmark
+        raise RuntimeError(child.stderr.strip())
     peak: int | None = json.loads(child.stdout.splitlines()[-1])
     return peak
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from retrofit.cost.trace import Example, Operation, attention_operation, describe
+from retrofit.cost.operations import Example, Operation, attention_operation, describe
 from retrofit.grid import TokenGrid
 from retrofit.kernels.grid_window.pattern import Pattern
 

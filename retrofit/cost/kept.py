@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from retrofit.cost.trace import SPARSE_KINDS, SitePairs, Trace, attention_operation
+from retrofit.cost.operations import attention_operation
+from retrofit.cost.trace import SPARSE_KINDS, SitePairs, Trace
 from retrofit.methods.base import DENSE
 from retrofit.patching import Patch
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrofit.cost.trace import OURS
+from retrofit.cost.operations import OURS
 from retrofit.methods.window import WindowConfig
 from retrofit.patching import patch
 

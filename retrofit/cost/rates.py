@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from retrofit.cost.examples import Pool, cut
+from retrofit.cost.operations import Example, Operation
 from retrofit.cost.python_cost import PythonCost, measure_python
-from retrofit.cost.trace import Example, Operation, Trace
+from retrofit.cost.trace import Trace
 
 SECONDS_EACH = 0.015  # for which an example is repeated in a pass, at least twice
 PASSES = 2  # over all examples, of which the faster counts

@@ -208,10 +208,6 @@ class Request:
         }
 
 
-def _listed(values: Sequence[int]) -> str:
-    return ", ".join(map(str, values))
-
-
 def _rules(request: Request) -> list[tuple[bool, str]]:
     """Every mistake that can be made, and what to say of it."""
     return [
@@ -229,7 +225,8 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
         ),
         (
             any(not 0 <= seed < SEED_LIMIT for seed in request.seeds),
-            f"--seed: expected 0 or more, below {SEED_LIMIT}, got {_listed(request.seeds)}.",
+            f"--seed: expected 0 or more, below {SEED_LIMIT}, "
+            f"got {', '.join(map(str, request.seeds))}.",
         ),
         (
             request.mask is not None and request.image is None,
