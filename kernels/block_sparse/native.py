@@ -38,10 +38,10 @@ class Call(ctypes.Structure):
         ("len_k", _long),
         ("dim", _long),
         ("dim_v", _long),
-        ("q_stride", _long * 4),
-        ("k_stride", _long * 4),
-        ("v_stride", _long * 4),
-        ("o_stride", _long * 4),
+        ("q_stride", _long * 3),
+        ("k_stride", _long * 3),
+        ("v_stride", _long * 3),
+        ("o_stride", _long * 3),
         ("block_q", _long),
         ("block_k", _long),
         ("block_mask", _pointer),
@@ -102,7 +102,11 @@ def attend_native(
     loaded, reason = library()
     assert loaded is not None, reason
     assert loaded.retrofit_native_call_size() == ctypes.sizeof(Call)
-    query, key, value, block_size = problem.query, problem.key, problem.value, problem.block_size
+    block_size = problem.block_size
+    query, key, value = [
+        x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+        for x in (problem.query, problem.key, problem.value)
+    ]
     (batch, heads, len_q, dim), (_, kv_heads, len_k, dim_v) = query.shape, value.shape
     lists = block_mask if isinstance(block_mask, BlockLists) else None
     visited = len_k if lists is None else min(len_k, lists.max_count * block_size[1])
@@ -120,10 +124,10 @@ def attend_native(
         len_k=len_k,
         dim=dim,
         dim_v=dim_v,
-        q_stride=(_long * 4)(*query.stride()),
-        k_stride=(_long * 4)(*key.stride()),
-        v_stride=(_long * 4)(*value.stride()),
-        o_stride=(_long * 4)(*out.stride()),
+        q_stride=(_long * 3)(*query.stride()[:3]),
+        k_stride=(_long * 3)(*key.stride()[:3]),
+        v_stride=(_long * 3)(*value.stride()[:3]),
+        o_stride=(_long * 3)(*out.stride()[:3]),
         block_q=block_size[0],
         block_k=block_size[1],
         dtype=DTYPES[query.dtype],

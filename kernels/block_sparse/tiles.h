@@ -1,405 +1,303 @@
-/* A tile of at most MR query rows over strips of NV panels: scores, weights, weights times values. */
+/* What a strip of query rows makes of up to KEYS keys: scores, weights, weights times values.
+ *
+ * Tiles of keys (then of channels) by all vectors of the strip are computed in registers. The maximum
+ * of a row is raised only when a score exceeds it by 2^LAZY; until then weights above 1 are harmless,
+ * and the output needs no rescaling.
+ */
 
 #pragma once
 
-#include "panels.h"
+#include "strips.h"
 
-typedef struct {
-    const Job *job;
-    const char *keys, *values; /* panels of the head */
-    const char *last_values;   /* a short last panel that lies apart, or NULL */
-    Scratch *s;
-    const float *q; /* of this tile */
-    float *out, *sums, *maxima, *limits;
-    int64_t row;     /* first query row */
-    int rows;        /* at most MR */
-    int64_t b, h, first_row; /* first_row: of the query block */
-    /* panels whose weights wait to be multiplied with their values */
-    int pending;
-    const char *waiting[GROUP_PANELS];
-} Tile;
+/* ---- weights ----------------------------------------------------------------------------------- */
 
-INLINE const char *values_of(const Tile *t, int64_t panel) {
-    if (t->last_values && panel == t->job->last_panel) return t->last_values;
-    return t->values + panel * t->job->v_panel_bytes;
-}
-
-INLINE void add_values(Tile *t, int first, const int rows, const int width, int64_t column,
-                       const int dot) {
-    const Job *job = t->job;
-    int64_t stride = job->vectors_v * VL;
-    float *out = t->out + first * stride + column;
-    const float *weights = t->s->weights + first * WEIGHTS_ROW(dot);
-    vf acc[MR][NV];
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int v = 0; v < width; v++)
-            acc[r][v] = *(const vf *)(out + r * stride + v * VL);
-    for (int n = 0; n < t->pending; n++) {
-        const char *panel = t->waiting[n] + column * 4;
-        if (dot) {
 #if HAS_DOT
-            const uint32_t *p = (const uint32_t *)weights + n * (VL / 2);
-            for (int k = 0; k < VL / 2; k++) {
-                __m512bh val[NV];
-                UNROLL
-                for (int v = 0; v < width; v++)
-                    val[v] = (__m512bh)_mm512_load_si512(panel + (k * stride + v * VL) * 4);
-                UNROLL
-                for (int r = 0; r < rows; r++) {
-                    __m512bh w = (__m512bh)_mm512_set1_epi32((int)p[r * (GROUP / 2) + k]);
-                    UNROLL
-                    for (int v = 0; v < width; v++)
-                        acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], w, val[v]);
-                }
-            }
-#endif
-        } else {
-            const float *p = weights + n * VL;
-            for (int k = 0; k < VL; k++) {
-                vf val[NV];
-                UNROLL
-                for (int v = 0; v < width; v++)
-                    val[v] = *(const vf *)(panel + (k * stride + v * VL) * 4);
-                UNROLL
-                for (int r = 0; r < rows; r++) {
-                    vf w = splat(p[r * GROUP + k]);
-                    UNROLL
-                    for (int v = 0; v < width; v++) acc[r][v] += w * val[v];
-                }
-            }
-        }
-    }
-    UNROLL
-    for (int r = 0; r < rows; r++)
-        UNROLL
-        for (int v = 0; v < width; v++)
-            *(vf *)(out + r * stride + v * VL) = acc[r][v];
+static const uint16_t IN_TURN[] __attribute__((aligned(64))) = {
+    0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* Weights of two keys, rounded to bfloat16, in the words of their rows. */
+INLINE vf pair_weights(vf first, vf second) {
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(IN_TURN), both);
 }
 
-INLINE void add_all_values(Tile *t, int first, const int rows, const int dot) {
-    int64_t left = t->job->vectors_v, column = 0;
-    while (left > 0) {
-        /* even widths: 5 vectors as 3 + 2, not 4 + 1 */
-        int64_t tiles = (left + NV - 1) / NV, width = (left + tiles - 1) / tiles;
-        switch (width) {
-        case 1: add_values(t, first, rows, 1, column, dot); break;
-        case 2: add_values(t, first, rows, 2, column, dot); break;
-        case 3: add_values(t, first, rows, 3, column, dot); break;
-        default: add_values(t, first, rows, NV, column, dot); break;
+INLINE vf first_of(vf pair) { return (vf)((vi)pair << 16); }
+INLINE vf second_of(vf pair) { return (vf)((vi)pair & splat_bits(0xffff0000u)); }
+#endif
+
+/* The maxima of rows with a score above their limit become those scores; what these rows summed
+ * before shrinks, and so do the weights of the first `waiting` keys, whose values are not added yet. */
+NOINLINE void raise_maxima(const Shape *s, Strip *t, const Work *w, const vf *scores, int keys,
+                           int waiting, float factor) {
+    for (int v = 0; v < t->width; v++) {
+        vf best = scores[v];
+        for (int i = 1; i < keys; i++) best = vmax(best, scores[i * NV + v]);
+        vi over = best > t->limits[v];
+        if (!any_lane(over)) continue;
+        vf before = t->maxima[v];
+        vf maximum = (vf)((over & (vi)(best * splat(factor))) | (~over & (vi)before));
+        vf shrink = vexp2(before - maximum, 0);
+        t->maxima[v] = maximum;
+        t->limits[v] = (maximum + splat(LAZY)) / splat(factor);
+        t->sums[v] *= shrink;
+        for (int64_t d = 0; d < s->dim_v; d++) t->out[d * NV + v] *= shrink;
+#if HAS_DOT
+        for (int i = 0; s->use_dot && i < waiting / 2; i++) {
+            vf *pair = w->weights + i * NV + v;
+            *pair = pair_weights(first_of(*pair) * shrink, second_of(*pair) * shrink);
         }
-        left -= width;
-        column += width * VL;
+#endif
+        for (int i = 0; !s->use_dot && i < waiting; i++) w->weights[i * NV + v] *= shrink;
     }
 }
 
-/* Four to MR rows at once; fewer one by one, so that no row beyond the tile is touched. */
-#define FOR_ROWS(t, name, ...)                                                                     \
-    if ((t)->rows == MR) name(__VA_ARGS__, 0, MR, DOT);                                            \
-    else if ((t)->rows == 5) name(__VA_ARGS__, 0, 5, DOT);                                         \
-    else if ((t)->rows == 4) name(__VA_ARGS__, 0, 4, DOT);                                         \
-    else                                                                                           \
-        for (int first = 0; first < (t)->rows; first++) name(__VA_ARGS__, first, 1, DOT);
-
-#define DOT 0
-NOINLINE void flush_float(Tile *t) { FOR_ROWS(t, add_all_values, t) }
-#undef DOT
-
-#if HAS_DOT
-#define DOT 1
-NOINLINE void flush_dot(Tile *t) { FOR_ROWS(t, add_all_values, t) }
-#undef DOT
-#endif
-
-INLINE void flush(Tile *t, const int dot) {
-    if (!t->pending) return;
-#if HAS_DOT
-    if (dot) flush_dot(t);
-    else flush_float(t);
+/* Lanes that do not see a key get -inf. */
+INLINE vf hide(vf score, uint64_t seen, int v) {
+#if VECTOR_BYTES == 64
+    return (vf)_mm512_mask_mov_ps((__m512)splat(-INFINITY), (__mmask16)(seen >> v * VL), (__m512)score);
 #else
-    (void)dot;
-    flush_float(t);
+    vi lane;
+    for (int i = 0; i < VL; i++) lane[i] = 1 << i;
+    vi sees = (splat_bits((uint32_t)(seen >> v * VL)) & lane) != 0;
+    return (vf)((sees & (vi)score) | (~sees & (vi)splat(-INFINITY)));
 #endif
-    t->pending = 0;
 }
 
-/* Raise the maxima of rows with a score above their limit; what they summed before shrinks, and so
- * do the weights that wait for their values. */
-NOINLINE void raise_maxima(Tile *t, const vf *scores, float factor, int first, int rows,
-                           const int dot) {
-    int64_t stride = t->job->vectors_v * VL;
-    for (int r = first; r < first + rows; r++, scores += NV) {
-        vf best = vmax(scores[0], scores[1]);
-        for (int v = 2; v < NV; v++) best = vmax(best, scores[v]);
-        float top = largest_lane(best);
-        if (!(top > t->limits[r])) continue;
-        float maximum = top * factor, before = t->maxima[r];
-        t->maxima[r] = maximum;
-        t->limits[r] = (maximum + LAZY) / factor;
-        if (!(before > -FLT_MAX)) continue; /* all sums and weights are 0 */
-        float shrink = exp2f(before - maximum);
-        *(vf *)(t->sums + r * VL) *= splat(shrink);
-        for (int64_t d = 0; d < stride; d += VL) *(vf *)(t->out + r * stride + d) *= splat(shrink);
-        float *weights = t->s->weights + r * WEIGHTS_ROW(dot);
-        for (int i = 0; i < t->pending * VL; i++) {
-            uint16_t *w = (uint16_t *)weights + i;
-            if (dot) *w = to_bfloat(from_bfloat(*w) * shrink);
-            else weights[i] *= shrink;
+/* What a mask of floats adds to the scores of a tile, and what other masks hide of it. */
+NOINLINE void adjust_scores(const Shape *s, const Strip *t, const Work *w, const Run *run, int first,
+                            int keys, int masked, vf *scores) {
+    for (int i = 0; i < keys; i++, scores += NV)
+        for (int v = 0; v < t->width; v++) {
+            if (s->biased) scores[v] = scores[v] * splat(s->factor) + w->bias[(first + i) * NV + v];
+            if (masked) scores[v] = hide(scores[v], run->seen[first + i], v);
         }
-    }
 }
 
-typedef struct {
-    int count, masked, biased;
-    int32_t panel[NV], key[NV];
-    uint64_t visible[MR]; /* bit v * VL + i: lane i of panel v */
-} Strip;
-
-INLINE void attend_strip(Tile *t, const Strip *strip, int first, const int rows, const int dot) {
-    const Job *job = t->job;
-    float *sums = t->sums + first * VL, *weights = t->s->weights + first * WEIGHTS_ROW(dot);
-    const float *maxima = t->maxima + first, *limits = t->limits + first;
-    const float *queries = t->q + first * job->depth;
-    const char *k0[NV];
+/* Weights of the keys `first`, ..., `first + keys - 1`, and their part of the sums. */
+INLINE void weigh_tile(const Shape *s, Strip *t, const Work *w, const Run *run, int first,
+                       const int keys, int masked, const int width, const int dot) {
+    const char *const *row = run->rows->key + first;
+    const vf *queries = t->queries;
+    int64_t depth = s->depth;
     vf acc[MR][NV];
     UNROLL
-    for (int v = 0; v < NV; v++) k0[v] = t->keys + strip->panel[v] * job->k_panel_bytes;
-    UNROLL
-    for (int r = 0; r < rows; r++)
+    for (int i = 0; i < keys; i++)
         UNROLL
-        for (int v = 0; v < NV; v++) acc[r][v] = (vf){0};
-    int64_t depth = job->depth;
-    if (dot) {
+        for (int v = 0; v < width; v++) acc[i][v] = (vf){0};
+    for (int64_t d = 0; d < depth; d++) {
+        vf x[NV];
+        UNROLL
+        for (int v = 0; v < width; v++) x[v] = queries[d * NV + v];
+        UNROLL
+        for (int i = 0; i < keys; i++) {
 #if HAS_DOT
-        const uint32_t *q = (const uint32_t *)queries;
-        for (int64_t d = 0; d < depth; d++) {
-            __m512bh key[NV];
-            UNROLL
-            for (int v = 0; v < NV; v++)
-                key[v] = (__m512bh)_mm512_load_si512(k0[v] + d * VECTOR_BYTES);
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                __m512bh x = (__m512bh)_mm512_set1_epi32((int)q[r * depth + d]);
+            if (dot) {
+                __m512bh key = (__m512bh)_mm512_set1_epi32((int)((const word_t *)row[i])[d]);
                 UNROLL
-                for (int v = 0; v < NV; v++)
-                    acc[r][v] = (vf)_mm512_dpbf16_ps((__m512)acc[r][v], x, key[v]);
+                for (int v = 0; v < width; v++)
+                    acc[i][v] = (vf)_mm512_dpbf16_ps((__m512)acc[i][v], key, (__m512bh)x[v]);
+                continue;
             }
-        }
 #endif
-    } else {
-        for (int64_t d = 0; d < depth; d++) {
-            vf key[NV];
+            vf key = splat(((const float *)row[i])[d]);
             UNROLL
-            for (int v = 0; v < NV; v++) key[v] = *(const vf *)(k0[v] + d * VECTOR_BYTES);
-            UNROLL
-            for (int r = 0; r < rows; r++) {
-                vf x = splat(queries[r * depth + d]);
-                UNROLL
-                for (int v = 0; v < NV; v++) acc[r][v] += x * key[v];
-            }
+            for (int v = 0; v < width; v++) acc[i][v] += key * x[v];
         }
     }
-    float factor = job->factor;
-    if (strip->biased) {
+    float factor = dot && !s->biased ? s->factor : 1;
+    if (__builtin_expect(masked | s->biased, 0)) {
+        vf scores[MR * NV];
         UNROLL
-        for (int r = 0; r < rows; r++)
+        for (int i = 0; i < keys; i++)
             UNROLL
-            for (int v = 0; v < NV; v++)
-                acc[r][v] = acc[r][v] * splat(factor) +
-                            *(const vf *)(t->s->bias + ((first + r) * NV + v) * VL);
-        factor = 1.0f;
-    }
-    if (strip->masked) {
-        vi lane;
-        for (int i = 0; i < VL; i++) lane[i] = 1 << i;
+            for (int v = 0; v < width; v++) scores[i * NV + v] = acc[i][v];
+        adjust_scores(s, t, w, run, first, keys, masked, scores);
         UNROLL
-        for (int r = 0; r < rows; r++)
+        for (int i = 0; i < keys; i++)
             UNROLL
-            for (int v = 0; v < NV; v++) {
-                vi word = (int32_t)(strip->visible[first + r] >> (v * VL) & ALL_LANES) - (vi){0};
-                vi seen = (word & lane) != 0;
-                acc[r][v] = (vf)((seen & (vi)acc[r][v]) | (~seen & (vi)splat(-INFINITY)));
-            }
+            for (int v = 0; v < width; v++) acc[i][v] = scores[i * NV + v];
     }
     vi over = {0};
     UNROLL
-    for (int r = 0; r < rows; r++) {
-        vf best = vmax(acc[r][0], acc[r][1]);
-        for (int v = 2; v < NV; v++) best = vmax(best, acc[r][v]);
-        over |= best > splat(limits[r]);
+    for (int v = 0; v < width; v++) {
+        vf best = vmax(acc[0][v], acc[1][v]);
+        UNROLL
+        for (int i = 2; i < keys; i++) best = vmax(best, acc[i][v]);
+        over |= best > t->limits[v];
     }
     if (__builtin_expect(any_lane(over), 0)) {
         vf scores[MR * NV];
         UNROLL
-        for (int r = 0; r < rows; r++)
+        for (int i = 0; i < keys; i++)
             UNROLL
-            for (int v = 0; v < NV; v++) scores[r * NV + v] = acc[r][v];
-        raise_maxima(t, scores, factor, first, rows, dot);
+            for (int v = 0; v < width; v++) scores[i * NV + v] = acc[i][v];
+        raise_maxima(s, t, w, scores, keys, first, factor);
     }
+    const vf *maxima = t->maxima;
+    vf *sums = t->sums, *weights = w->weights + (int64_t)(dot ? first / 2 : first) * NV;
     UNROLL
-    for (int r = 0; r < rows; r++) {
-        vf top = splat(maxima[r]), sum = *(vf *)(sums + r * VL);
-        vf p[NV];
+    for (int v = 0; v < width; v++) {
+        vf top = maxima[v], sum;
         UNROLL
-        for (int v = 0; v < NV; v++) {
-            p[v] = vexp2(acc[r][v] * splat(factor) - top, dot);
-            sum += p[v];
-        }
-        *(vf *)(sums + r * VL) = sum;
-        if (dot) {
+        for (int i = 0; i < keys; i += 2) {
+            vf a = dot ? acc[i][v] * splat(factor) - top : acc[i][v] - top;
+            vf b = dot ? acc[i + 1][v] * splat(factor) - top : acc[i + 1][v] - top;
+            a = vexp2(a, dot);
+            b = vexp2(b, dot);
+            sum = i ? sum + (a + b) : a + b;
 #if HAS_DOT
-            uint16_t *to = (uint16_t *)weights + r * GROUP + t->pending * VL;
-            UNROLL
-            for (int v = 0; v < NV; v += 2)
-                _mm512_storeu_si512(
-                    to + v * VL, (__m512i)_mm512_cvtne2ps_pbh((__m512)p[v + 1], (__m512)p[v]));
-#endif
-        } else {
-            float *to = weights + r * GROUP + t->pending * VL;
-            UNROLL
-            for (int v = 0; v < NV; v++) *(vf *)(to + v * VL) = p[v];
-        }
-    }
-}
-
-INLINE void queue_values(Tile *t, const Strip *strip) {
-    for (int v = 0; v < strip->count; v++)
-        t->waiting[t->pending++] = values_of(t, strip->panel[v]);
-}
-
-#define DOT 0
-NOINLINE void strip_float(Tile *t, const Strip *strip) {
-    FOR_ROWS(t, attend_strip, t, strip)
-    queue_values(t, strip);
-}
-#undef DOT
-
-#if HAS_DOT
-#define DOT 1
-NOINLINE void strip_dot(Tile *t, const Strip *strip) {
-    FOR_ROWS(t, attend_strip, t, strip)
-    queue_values(t, strip);
-}
-#undef DOT
-#endif
-
-/* The float mask of a strip, in the scale of exp2. */
-static void load_bias(Tile *t, const Strip *strip) {
-    const Call *c = t->job->call;
-    const float *base = (const float *)c->attn_mask + t->b * c->m_stride[0] + t->h * c->m_stride[1];
-    for (int r = 0; r < t->rows; r++)
-        for (int v = 0; v < NV; v++) {
-            float *to = t->s->bias + (r * NV + v) * VL;
-            const float *from = base + (t->row + r) * c->m_stride[2];
-            for (int i = 0; i < VL; i++) {
-                int64_t key = strip->key[v] + i;
-                if (key >= c->len_k) key = c->len_k - 1; /* that lane is masked */
-                float bias = from[key * c->m_stride[3]] * LOG2E;
-                /* the lowest finite value must not become -inf: a row of it is a plain mean */
-                to[i] = bias < -2e38f && from[key * c->m_stride[3]] > -INFINITY ? -2e38f : bias;
+            if (dot) {
+                weights[i / 2 * NV + v] = pair_weights(a, b);
+                continue;
             }
-        }
-}
-
-static void run_strip(Tile *t, Strip *strip) {
-    if (!strip->count) return;
-    for (int v = strip->count; v < NV; v++) {
-        strip->panel[v] = strip->panel[0];
-        strip->key[v] = strip->key[0];
-        strip->masked = 1; /* their bits are 0 */
-    }
-    strip->biased = t->job->call->attn_mask_kind == MASK_FLOAT;
-    if (strip->biased) load_bias(t, strip);
-#if HAS_DOT
-    if (t->job->use_dot) strip_dot(t, strip);
-    else strip_float(t, strip);
-#else
-    strip_float(t, strip);
 #endif
-    strip->count = 0;
+            weights[i * NV + v] = a;
+            weights[(i + 1) * NV + v] = b;
+        }
+        sums[v] += sum;
+    }
 }
 
-/* Whether every row of the query block sees all of the next NV panels. */
-INLINE int is_open(const PanelRef *panels) {
-    int open = 1;
+/* ---- values ------------------------------------------------------------------------------------ */
+
+/* Weights times values, for the channels `first`, ..., `first + channels - 1`. */
+INLINE void value_tile(const Shape *s, const Strip *t, const Work *w, const Rows *rows,
+                       int64_t first, const int channels, const int width, const int dot) {
+    const vf *weights = w->weights;
+    vf acc[MR][NV], *out = t->out + first * NV;
     UNROLL
-    for (int v = 0; v < NV; v++) open &= panels[v].block < 0 && panels[v].bits == ALL_LANES;
-    return open;
-}
-
-INLINE void run_open_strip(Tile *t, const PanelRef *panels) {
-    Strip strip;
-    strip.masked = 0;
-    strip.count = NV;
+    for (int i = 0; i < channels; i++)
+        UNROLL
+        for (int v = 0; v < width; v++) acc[i][v] = (vf){0};
+    int steps = dot ? (rows->count + 1) / 2 : rows->count;
+    for (int n = 0; n < steps; n++) {
+        vf x[NV];
+        UNROLL
+        for (int v = 0; v < width; v++) x[v] = weights[n * NV + v];
+#if HAS_DOT
+        const uint32_t *pair = w->pairs + n * s->dim_v + first;
+#endif
+        const float *value = (const float *)rows->value[n] + first;
+        UNROLL
+        for (int i = 0; i < channels; i++) {
+#if HAS_DOT
+            if (dot) {
+                __m512bh both = (__m512bh)_mm512_set1_epi32((int)pair[i]);
+                UNROLL
+                for (int v = 0; v < width; v++)
+                    acc[i][v] = (vf)_mm512_dpbf16_ps((__m512)acc[i][v], both, (__m512bh)x[v]);
+                continue;
+            }
+#endif
+            vf one = splat(value[i]);
+            UNROLL
+            for (int v = 0; v < width; v++) acc[i][v] += one * x[v];
+        }
+    }
+    (void)s;
     UNROLL
-    for (int v = 0; v < NV; v++) {
-        strip.panel[v] = panels[v].panel;
-        strip.key[v] = panels[v].key;
-    }
-    run_strip(t, &strip);
+    for (int i = 0; i < channels; i++)
+        UNROLL
+        for (int v = 0; v < width; v++) out[i * NV + v] += acc[i][v];
 }
 
-/* Lanes of a panel that one row sees, of those in `bits`. */
-static uint32_t row_lanes(const Tile *t, const PanelRef *p, const uint64_t *entry, int r) {
-    const Call *c = t->job->call;
-    int64_t row = t->row + r;
-    uint32_t bits = p->bits;
-    if (entry) {
-        int64_t inside = p->key % c->block_k;
-        uint64_t word = entry[(row - t->first_row) * c->mask_words + inside / 64];
-        bits &= (uint32_t)(word >> (inside % 64));
-    }
-    if (c->is_causal && p->key + VL - 1 > row)
-        bits &= p->key > row ? 0 : ALL_LANES >> (VL - 1 - (row - p->key));
-    if (c->attn_mask_kind == MASK_BOOL && c->m_stride[2]) {
-        const uint8_t *m = (const uint8_t *)c->attn_mask + t->b * c->m_stride[0] +
-                           t->h * c->m_stride[1] + row * c->m_stride[2];
-        for (int i = 0; i < VL; i++)
-            if (bits >> i & 1 && !m[(p->key + i) * c->m_stride[3]]) bits &= ~(1u << i);
-    }
-    return bits;
+/* ---- all keys of a run ------------------------------------------------------------------------- */
+
+/* `count` as tiles of MR and of 4, with at most 3 to spare (1 from 4 on). */
+INLINE int tiles_of_four(int count) {
+    static const int8_t of_rest[MR] = {0, 2, 2, 1, 1, 0};
+    return count <= 4 ? 1 : of_rest[count % MR];
 }
 
-/* One group of panels for one tile: panels that no row sees are left out. */
-static void attend_group(Tile *t, const PanelRef *panels, int count) {
-    const Job *job = t->job;
-    const Call *c = job->call;
-    int by_row = c->attn_mask_kind == MASK_BOOL && c->m_stride[2];
-    Strip strip = {0};
-    uint64_t common = 0; /* lanes that all rows see */
-    int n = 0;
-    if (!by_row && !c->is_causal)
-        for (; n + NV <= count && is_open(panels + n); n += NV) run_open_strip(t, panels + n);
-    for (; n < count; n++) {
-        const PanelRef *p = &panels[n];
-        const uint64_t *entry = p->block < 0 ? NULL : t->s->entry_bits[p->block];
-        int shift = strip.count * VL;
-        if (shift == 0) {
-            strip.masked = 0;
-            common = 0;
-            memset(strip.visible, 0, sizeof strip.visible);
-        }
-        if (by_row || entry || (c->is_causal && p->key + VL - 1 > t->row)) {
-            uint32_t lanes[MR], any = 0;
-            for (int r = 0; r < t->rows; r++) any |= lanes[r] = row_lanes(t, p, entry, r);
-            if (!any) continue;
-            for (int r = 0; r < t->rows; r++) strip.visible[r] |= (uint64_t)lanes[r] << shift;
-            strip.masked = 1;
-        } else {
-            common |= (uint64_t)p->bits << shift;
-            strip.masked |= p->bits != ALL_LANES;
-        }
-        strip.panel[strip.count] = p->panel;
-        strip.key[strip.count++] = p->key;
-        if (strip.count == NV || n == count - 1) {
-            for (int r = 0; r < t->rows; r++) strip.visible[r] |= common;
-            run_strip(t, &strip);
-        }
+/* The tile's last keys may be there to fill it only: no lane sees them. */
+static int fill_run(Run *run, uint64_t all) {
+    int count = run->rows->count, fours = tiles_of_four(count);
+    int sixes = count <= 4 ? 0 : (count - 4 * fours + MR - 1) / MR, filled = MR * sixes + 4 * fours;
+    if (!run->masked) /* it may matter for the last tile */
+        for (int i = filled - MR > 0 ? filled - MR : 0; i < count; i++) run->seen[i] = all;
+    for (int i = count; i < filled; i++) {
+        run->rows->key[i] = run->rows->key[0];
+        run->seen[i] = 0;
     }
-    if (strip.count) { /* the last panels of the group were left out */
-        for (int r = 0; r < t->rows; r++) strip.visible[r] |= common;
-        run_strip(t, &strip);
+    return sixes;
+}
+
+typedef void Weigh(const Shape *, Strip *, const Work *, const Run *, int, int);
+typedef void Value(const Shape *, const Strip *, const Work *, const Rows *, int64_t);
+
+/* Each kind of tile is a function of its own: what one hoists would cost another its registers. */
+#define TILES(kind, width, dot)                                                                    \
+    WEIGH(weigh_##kind##_##width##x6, 6, width, dot)                                               \
+    WEIGH(weigh_##kind##_##width##x4, 4, width, dot)                                               \
+    VALUE(value_##kind##_##width##x6, 6, width, dot)                                               \
+    VALUE(value_##kind##_##width##x4, 4, width, dot)                                               \
+    VALUE(value_##kind##_##width##x1, 1, width, dot)
+#define WEIGH(name, keys, width, dot)                                                              \
+    static void name(const Shape *s, Strip *t, const Work *w, const Run *run, int first,           \
+                     int masked) {                                                                 \
+        weigh_tile(s, t, w, run, first, keys, masked, width, dot);                                 \
     }
-    flush(t, job->use_dot);
+#define VALUE(name, channels, width, dot)                                                          \
+    static void name(const Shape *s, const Strip *t, const Work *w, const Rows *rows,              \
+                     int64_t first) {                                                              \
+        value_tile(s, t, w, rows, first, channels, width, dot);                                    \
+    }
+#define WEIGHERS(kind, width) {weigh_##kind##_##width##x6, weigh_##kind##_##width##x4}
+#define VALUERS(kind, width)                                                                       \
+    {value_##kind##_##width##x6, value_##kind##_##width##x4, value_##kind##_##width##x1}
+
+TILES(float, 1, 0)
+TILES(float, 2, 0)
+#if NV == 4
+TILES(float, 3, 0)
+TILES(float, 4, 0)
+#endif
+#if HAS_DOT
+TILES(dot, 1, 1)
+TILES(dot, 2, 1)
+TILES(dot, 3, 1)
+TILES(dot, 4, 1)
+#endif
+
+static Weigh *const WEIGH_TILES[][2] = {
+    WEIGHERS(float, 1), WEIGHERS(float, 2),
+#if NV == 4
+    WEIGHERS(float, 3), WEIGHERS(float, 4),
+#endif
+#if HAS_DOT
+    WEIGHERS(dot, 1),   WEIGHERS(dot, 2),   WEIGHERS(dot, 3), WEIGHERS(dot, 4),
+#endif
+};
+static Value *const VALUE_TILES[][3] = {
+    VALUERS(float, 1), VALUERS(float, 2),
+#if NV == 4
+    VALUERS(float, 3), VALUERS(float, 4),
+#endif
+#if HAS_DOT
+    VALUERS(dot, 1),   VALUERS(dot, 2),   VALUERS(dot, 3), VALUERS(dot, 4),
+#endif
+};
+
+/* Add up to KEYS keys to the rows of a strip; the rows ahead are fetched meanwhile. */
+static void attend_run(const Shape *s, Strip *t, const Work *w, Run *run, const Rows *ahead) {
+    int64_t size = element_size(s->dtype), channels = s->dim_v;
+    int count = run->rows->count, kind = t->width - 1 + (s->use_dot ? NV : 0), first = 0, next = 0;
+    if (!count) return;
+    int sixes = fill_run(run, lanes_of(t->rows)), tiles = sixes + tiles_of_four(count);
+    for (int i = 0; i < tiles; i++) {
+        int keys = i < sixes ? MR : 4, masked = run->masked || first + keys > count;
+        WEIGH_TILES[kind][i >= sixes](s, t, w, run, first, masked);
+        first += keys;
+    }
+    if (s->use_dot) pair_values(s, w, run->rows);
+    int share = (int)(ahead->count * MR / (channels + MR - 1)) + 1;
+    for (int64_t channel = 0, step; channel < channels; channel += step, next += share) {
+        int64_t left = channels - channel;
+        int end = left > MR && next + share < ahead->count ? next + share : ahead->count;
+        step = left < 4 ? 1 : left < MR || left == 8 ? 4 : MR;
+        fetch_rows(ahead->key, next, end, s->dim * size);
+        fetch_rows(ahead->value, next, end, channels * size);
+        VALUE_TILES[kind][step == MR ? 0 : step == 4 ? 1 : 2](s, t, w, run->rows, channel);
+    }
 }

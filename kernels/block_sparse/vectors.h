@@ -26,18 +26,12 @@
 #endif
 #endif
 
-#define VL (VECTOR_BYTES / 4)            /* keys per panel */
-#define NV (VECTOR_BYTES == 32 ? 2 : 4)  /* panels per strip: AVX2 has half the registers */
-#define MR 6                             /* query rows per tile: MR * NV accumulators */
-#define GROUP 256                        /* keys between two visits to the output */
-#define GROUP_PANELS (GROUP / VL)
-#define MAX_ROWS 192 /* query rows per work item, a multiple of MR */
-#define PACK_KEYS 256
-#define PACK_AHEAD 64 /* keys fetched before they are packed */
+#define VL (VECTOR_BYTES / 4)            /* floats in a vector */
+#define NV (VECTOR_BYTES == 32 ? 2 : 4)  /* vectors side by side: AVX2 has half the registers */
+#define LANES (NV * VL)                  /* query rows that are computed together, at most 64 */
+#define MR 6                             /* keys or channels per tile: MR * NV accumulators */
+#define KEYS 64                          /* keys between two visits to the output */
 #define LAZY 8.0f
-#define ALL_LANES ((1u << VL) - 1)
-/* weights of a row, in floats: bfloat16 ones take half */
-#define WEIGHTS_ROW(dot) ((dot) ? GROUP / 2 : GROUP)
 #define LOG2E 1.44269504088896340736f
 #define LN2 0.693147180559945309417f
 
@@ -58,6 +52,7 @@
 typedef float vf __attribute__((vector_size(VECTOR_BYTES)));
 typedef int32_t vi __attribute__((vector_size(VECTOR_BYTES)));
 typedef float vfu __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
+typedef int32_t viu __attribute__((vector_size(VECTOR_BYTES), aligned(2), may_alias));
 typedef uint16_t vhu __attribute__((vector_size(VECTOR_BYTES / 2), aligned(2), may_alias));
 
 enum { FLOAT32 = 0, BFLOAT16 = 1, FLOAT16 = 2 };
@@ -123,6 +118,7 @@ INLINE void store_element(void *base, int64_t index, float value, int dtype) {
 }
 
 INLINE vf splat(float x) { return x - (vf){0}; }
+INLINE vi splat_bits(uint32_t x) { return (int32_t)x - (vi){0}; }
 
 /* The second operand wins where either is NaN. */
 INLINE vf vmax(vf a, vf b) {
@@ -133,26 +129,6 @@ INLINE vf vmax(vf a, vf b) {
 #else
     vi greater = a > b;
     return (vf)((greater & (vi)a) | (~greater & (vi)b));
-#endif
-}
-
-INLINE float largest_lane(vf x) {
-#if VECTOR_BYTES == 64
-    return _mm512_reduce_max_ps((__m512)x);
-#else
-    float top = x[0];
-    for (int i = 1; i < VL; i++) top = x[i] > top ? x[i] : top;
-    return top;
-#endif
-}
-
-INLINE float sum_lanes(vf x) {
-#if VECTOR_BYTES == 64
-    return _mm512_reduce_add_ps((__m512)x);
-#else
-    float sum = 0;
-    for (int i = 0; i < VL; i++) sum += x[i];
-    return sum;
 #endif
 }
 
@@ -248,18 +224,18 @@ INLINE void store_floats(void *dst, int64_t at, vf x, int dtype) {
 #define FIRST(l, s) ((l) & (s) ? VL + (l) - (s) : (l))
 #define SECOND(l, s) ((l) & (s) ? VL + (l) : (l) + (s))
 #if VECTOR_BYTES == 64
-#define LANES(f, s)                                                                                \
+#define EACH_LANE(f, s)                                                                                \
     f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s),      \
         f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
 #elif VECTOR_BYTES == 32
-#define LANES(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
+#define EACH_LANE(f, s) f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s)
 #else
-#define LANES(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
+#define EACH_LANE(f, s) f(0, s), f(1, s), f(2, s), f(3, s)
 #endif
 #if defined(__clang__)
-#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, LANES(f, s))
+#define SHUFFLE(a, b, f, s) __builtin_shufflevector(a, b, EACH_LANE(f, s))
 #else
-#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (vi){LANES(f, s)})
+#define SHUFFLE(a, b, f, s) __builtin_shuffle(a, b, (vi){EACH_LANE(f, s)})
 #endif
 #define BUTTERFLY(x, s)                                                                            \
     UNROLL for (int i = 0; i < VL; i++)                                                                   \

@@ -1,255 +1,121 @@
 /* Attention in windows of a token grid on a CPU, tokens addressed in place.
  *
- * The arithmetic is that of block_sparse/native.c. Here the rows and keys of a tile are products of
- * three short axis tables: a work item takes some rows of a tile, packs the keys of the tile GROUP at
- * a time, and runs tiles of MR rows over the panels that one of them sees. Nothing is permuted or
- * gathered outside of a thread's scratch memory.
+ * The arithmetic is that of block_sparse. Here the rows and keys of a tile are products of three short
+ * axis tables: a work item takes some rows of a tile, in strips, and walks the keys of the tile KEYS
+ * at a time; a strip leaves out the keys that none of its rows sees. Nothing is permuted or gathered.
  */
 
 #include "items.h"
 
-/* ---- one group of keys ------------------------------------------------------------------------ */
-
-/* How many positions follow one another. */
-INLINE int32_t count_run(const int32_t *position, int32_t count) {
-    int32_t run = 1;
-    while (run < count && position[run] == position[run - 1] + 1) run++;
-    return run;
-}
-
-INLINE void copy_row(char *to, const char *from, int64_t bytes) {
-    int64_t i = 0;
-    for (; i + VECTOR_BYTES <= bytes; i += VECTOR_BYTES) *(vf *)(to + i) = *(const vfu *)(from + i);
-    memcpy(to + i, from + i, (size_t)(bytes - i));
-}
-
-/* Keys that follow one another are packed where they are, others by way of a copy. */
-static void pack_group(const WindowJob *w, const KeyGroup *g, const char *k, const char *v,
-                       WindowScratch *s) {
-    const WindowCall *c = w->call;
-    const Job *job = &w->job;
-    int64_t size = size_of(&w->gathered), k_row = c->k_stride[2] * size, v_row = c->v_stride[2] * size;
-    int64_t k_bytes = padded((size_t)(c->dim * size)), v_bytes = padded((size_t)(c->dim_v * size));
-    for (int p = 0; p < g->panels; p++) {
-        const int32_t *position = g->position + p * VL;
-        int rows = g->count - p * VL < VL ? g->count - p * VL : VL;
-        char *to_k = s->keys + p * job->k_panel_bytes, *to_v = s->values + p * job->v_panel_bytes;
-        for (int i = (p + PACK_AHEAD / VL) * VL; i < (p + 1 + PACK_AHEAD / VL) * VL && i < g->count; i++) {
-            prefetch_rows(k + g->position[i] * k_row, 1, 0, c->dim * size, 0);
-            prefetch_rows(v + g->position[i] * v_row, 1, 0, c->dim_v * size, 0);
-        }
-        if (count_run(position, rows) == rows) {
-            pack_keys(&w->in_place_job, k + position[0] * k_row, rows, to_k);
-            pack_values(&w->in_place_job, v + position[0] * v_row, rows, to_v);
-            continue;
-        }
-        for (int i = 0; i < rows; i++) {
-            copy_row(s->copied_k + i * k_bytes, k + position[i] * k_row, c->dim * size);
-            copy_row(s->copied_v + i * v_bytes, v + position[i] * v_row, c->dim_v * size);
-        }
-        pack_keys(job, s->copied_k, rows, to_k);
-        pack_values(job, s->copied_v, rows, to_v);
-    }
-}
-
-/* A share of the next group's keys is fetched while each tile of this group is computed: they lie
- * rows or frames apart, where the hardware does not look. */
-static void prefetch_keys(const WindowJob *w, const KeyGroup *next, const char *k, const char *v,
-                          int64_t share, int64_t shares) {
-    const WindowCall *c = w->call;
-    int64_t size = size_of(&w->gathered), k_row = c->k_stride[2] * size, v_row = c->v_stride[2] * size;
-    for (int64_t i = next->count * share / shares; i < next->count * (share + 1) / shares; i++) {
-        const char *key = k + next->position[i] * k_row, *value = v + next->position[i] * v_row;
-        for (int64_t n = 0; n < c->dim * size; n += 64) __builtin_prefetch(key + n, 0, 2);
-        for (int64_t n = 0; n < c->dim_v * size; n += 64) __builtin_prefetch(value + n, 0, 2);
-    }
-}
-
-/* Output rows of a tile, fetched before they are written. */
-static void prefetch_out(const WindowJob *w, const WindowItem *item, const WindowScratch *s,
-                         int64_t head, int64_t from, int64_t to) {
-    const WindowCall *c = w->call;
-    int64_t size = size_of(&w->gathered);
-    char *out = (char *)c->out + (item->batch * c->o_stride[0] + head * c->o_stride[1]) * size;
-    for (int64_t i = from; i < to; i++)
-        prefetch_rows(out + s->row_position[i] * c->o_stride[2] * size, 1, 0, c->dim_v * size, 1);
-}
-
-static void run_window_strip(Tile *t, Strip *strip, const float *bias) {
-    if (!strip->count) return;
-    for (int v = strip->count; v < NV; v++) {
-        strip->panel[v] = strip->panel[0];
-        strip->masked = 1; /* their bits are 0 */
-    }
-    strip->biased = bias != NULL;
-    for (int r = 0; bias && r < t->rows; r++)
-        for (int v = 0; v < NV; v++)
-            memcpy(t->s->bias + (r * NV + v) * VL, bias + strip->panel[v] * VL, VECTOR_BYTES);
-#if HAS_DOT
-    if (t->job->use_dot) strip_dot(t, strip);
-    else strip_float(t, strip);
-#else
-    strip_float(t, strip);
-#endif
-    strip->count = 0;
-}
-
-/* A tile of rows over a group of which every row sees all. */
-static int attend_whole_group(Tile *t, const KeyGroup *g) {
-    Strip strip = {0};
-    for (int p = 0; p < g->panels; p++) {
-        strip.panel[strip.count++] = p;
-        if (strip.count == NV) run_window_strip(t, &strip, NULL);
-    }
-    if (strip.count)
-        for (int r = 0; r < t->rows; r++) strip.visible[r] = ((uint64_t)1 << strip.count * VL) - 1;
-    run_window_strip(t, &strip, NULL);
-    flush(t, t->job->use_dot);
-    return g->panels;
-}
-
-/* A tile of rows over the panels of a group that one of its rows sees. */
-static int attend_window_group(Tile *t, const KeyGroup *g, uint64_t word[MR][WORDS],
-                               const float *bias) {
-    Strip strip = {0};
-    int visited = 0;
-    for (int p = 0; p < g->panels; p++) {
-        int at = p * VL / 64, shift = p * VL % 64, to = strip.count * VL;
-        uint32_t any = 0, all = ALL_LANES;
-        for (int r = 0; r < t->rows; r++) {
-            uint32_t lanes = (uint32_t)(word[r][at] >> shift) & ALL_LANES;
-            any |= lanes;
-            all &= lanes;
-        }
-        if (any) {
-            if (!strip.count) {
-                strip.masked = 0;
-                memset(strip.visible, 0, sizeof strip.visible);
-            }
-            strip.masked |= all != ALL_LANES;
-            for (int r = 0; r < t->rows; r++)
-                strip.visible[r] |= (word[r][at] >> shift & ALL_LANES) << to;
-            strip.panel[strip.count++] = p;
-            visited++;
-        }
-        if (strip.count == NV) run_window_strip(t, &strip, bias);
-    }
-    run_window_strip(t, &strip, bias);
-    flush(t, t->job->use_dot);
-    return visited;
-}
-
-static void row_words(const WindowCall *c, const WindowItem *item, const WindowScratch *s,
-                      const KeyGroup *g, int64_t row, int rows, uint64_t word[MR][WORDS]) {
-    for (int r = 0; r < rows; r++) {
-        memcpy(word[r], g->visible, sizeof g->visible);
-        for (int a = 0; a < 3 && !item->is_special; a++) {
-            if (!c->masked[a]) continue;
-            const uint64_t *sees = s->words[a] + s->row_slot[a][row + r] * WORDS;
-            for (int n = 0; n < WORDS; n++) word[r][n] &= sees[n];
-        }
-    }
-}
-
 /* ---- one work item: some rows of a tile, all query heads of one key head ---------------------- */
-
-/* The rows of one query head within the scratch of an item. */
-INLINE Scratch rows_of(const WindowJob *w, const Scratch *s, int64_t row) {
-    Scratch part = *s;
-    part.q += row * w->job.depth;
-    part.out += row * w->job.vectors_v * VL;
-    part.sums += row * VL;
-    part.maxima += row;
-    part.limits += row;
-    return part;
-}
 
 static void load_rows(const WindowJob *w, const WindowItem *item, WindowScratch *s) {
     const WindowCall *c = w->call;
-    int64_t size = size_of(&w->gathered), group = c->heads / c->kv_heads;
-    int64_t total = group * item->rows;
+    int64_t size = element_size(c->dtype), group = c->heads / c->kv_heads;
+    const char *row[LANES];
     for (int64_t h = 0; h < group; h++) {
-        int64_t head = item->kv_head * group + h;
         const char *q = (const char *)c->query +
-                        (item->batch * c->q_stride[0] + head * c->q_stride[1]) * size;
-        for (int32_t i = 0, run; i < item->rows; i += run) {
-            Scratch rows = rows_of(w, &s->s, h * item->rows + i);
-            run = count_run(s->row_position + i, item->rows - i);
-            load_queries(&w->in_place_job, &rows, q + s->row_position[i] * c->q_stride[2] * size,
-                         run);
+            (item->batch * c->q_stride[0] + (item->kv_head * group + h) * c->q_stride[1]) * size;
+        for (int32_t first = 0; first < item->rows; first += LANES) {
+            int rows = item->rows - first < LANES ? item->rows - first : LANES;
+            for (int r = 0; r < rows; r++)
+                row[r] = q + s->row_position[first + r] * c->q_stride[2] * size;
+            load_strip(&w->shape, &s->strips[h * w->strips + first / LANES], row, rows);
         }
     }
-    for (int64_t n = 0; n < total; n++) s->s.maxima[n] = s->s.limits[n] = -FLT_MAX;
-    memset(s->s.out, 0, sizeof(float) * (size_t)(total * w->job.vectors_v * VL));
-    memset(s->s.sums, 0, sizeof(float) * (size_t)(total * VL));
 }
 
 static void save_rows(const WindowJob *w, const WindowItem *item, const WindowScratch *s) {
     const WindowCall *c = w->call;
-    int64_t size = size_of(&w->gathered), group = c->heads / c->kv_heads;
+    int64_t size = element_size(c->dtype), group = c->heads / c->kv_heads;
+    char *row[LANES];
+    float *lse_of[LANES];
     for (int64_t h = 0; h < group; h++) {
         int64_t head = item->kv_head * group + h;
-        char *out =
-            (char *)c->out + (item->batch * c->o_stride[0] + head * c->o_stride[1]) * size;
+        char *out = (char *)c->out + (item->batch * c->o_stride[0] + head * c->o_stride[1]) * size;
         float *lse = c->lse ? c->lse + (item->batch * c->heads + head) * c->seq_len : NULL;
-        for (int32_t i = 0, run; i < item->rows; i += run) {
-            Scratch rows = rows_of(w, &s->s, h * item->rows + i);
-            int64_t position = s->row_position[i];
-            run = count_run(s->row_position + i, item->rows - i);
-            store_rows(&w->in_place_job, &rows, out + position * c->o_stride[2] * size,
-                       lse ? lse + position : NULL, run);
+        for (int32_t first = 0; first < item->rows; first += LANES) {
+            const Strip *t = &s->strips[h * w->strips + first / LANES];
+            for (int r = 0; r < t->rows; r++) {
+                int32_t position = s->row_position[first + r];
+                row[r] = out + position * c->o_stride[2] * size;
+                if (lse) lse_of[r] = lse + position;
+            }
+            store_strip(&w->shape, t, row, lse ? lse_of : NULL);
         }
     }
 }
 
-static const char *head_of(const WindowJob *w, const WindowItem *item, const void *base,
-                           const int64_t *stride) {
-    return (const char *)base +
-           (item->batch * stride[0] + item->kv_head * stride[1]) * size_of(&w->gathered);
+static void load_key_bias(const float *bias, const int64_t stride, const int32_t *position, int count,
+                          vf *to) {
+    for (int i = 0; i < count + MR; i++) { /* keys that fill a tile have one too */
+        float raw = i < count ? bias[position[i] * stride] : 0, scaled = raw * LOG2E;
+        /* the lowest finite value must not become -inf: a row of it is a plain mean */
+        if (scaled < -2e38f && raw > -INFINITY) scaled = -2e38f;
+        for (int v = 0; v < NV; v++) to[i * NV + v] = splat(scaled);
+    }
 }
 
-static void attend_window_item(const WindowJob *w, WindowItem *item, WindowScratch *s) {
+/* One strip over some keys, without those that none of its rows sees. */
+static void attend_window(const WindowJob *w, const WindowItem *item, WindowScratch *s, int64_t head,
+                          int n, WindowKeys *keys, const Rows *ahead) {
+    const WindowCall *c = w->call;
+    Strip *t = &s->strips[head * w->strips + n];
+    int64_t mask = item->batch * c->mask_stride[0] +
+                   (item->kv_head * (c->heads / c->kv_heads) + head) * c->mask_stride[1];
+    uint64_t all = lanes_of(t->rows);
+    const uint64_t *words[3];
+    int num_words = 0, axis[3];
+    for (int a = 0; a < 3; a++)
+        if (c->masked[a] && !item->is_special) {
+            axis[num_words] = a;
+            words[num_words++] = s->words[a] + (int64_t)n * c->span[a];
+        }
+    Run run;
+    Rows some;
+    int32_t position[KEYS];
+    run.rows = &keys->rows;
+    run.masked = 0;
+    if (num_words || c->seen) {
+        run.rows = &some;
+        some.count = 0;
+        for (int i = 0; i < keys->rows.count; i++) {
+            uint64_t seen = all;
+            for (int a = 0; a < num_words && keys->slot[0][i] >= 0; a++)
+                seen &= words[a][keys->slot[axis[a]][i]];
+            if (!seen || (c->seen && !c->seen[mask + keys->position[i] * c->mask_stride[2]])) continue;
+            run.masked |= seen != all;
+            run.seen[some.count] = seen;
+            position[some.count] = keys->position[i];
+            some.key[some.count] = keys->rows.key[i];
+            some.value[some.count++] = keys->rows.value[i];
+        }
+    }
+    if (c->bias)
+        load_key_bias(c->bias + mask, c->mask_stride[2],
+                      run.rows == &some ? position : keys->position, run.rows->count, s->work.bias);
+    s->pairs += (int64_t)run.rows->count * t->rows;
+    attend_run(&w->shape, t, &s->work, &run, ahead);
+}
+
+static void attend_window_item(const WindowJob *w, const WindowItem *item, WindowScratch *s) {
+    static const Rows nothing;
     const WindowCall *c = w->call;
     int64_t group = c->heads / c->kv_heads, total = item->num_keys + c->num_special;
-    const char *k = head_of(w, item, c->key, c->k_stride);
-    const char *v = head_of(w, item, c->value, c->v_stride);
+    int strips = (item->rows + LANES - 1) / LANES;
+    WindowKeys keys[2];
     find_rows(c, item, s);
+    find_words(w, item, s);
+    find_keys(c, item, 0, &keys[0]);
     load_rows(w, item, s);
-    Tile t = {.job = &w->job, .keys = s->keys, .values = s->values, .s = &s->s};
-    int64_t tiles = (item->rows + MR - 1) / MR;
-    KeyGroup groups[2];
-    find_keys(c, item, 0, &groups[0]);
-    for (int64_t n = 0; n * GROUP < total; n++) {
-        KeyGroup *g = &groups[n % 2], *next = &groups[(n + 1) % 2];
-        next->count = 0;
-        if ((n + 1) * GROUP < total) find_keys(c, item, (n + 1) * GROUP, next);
-        if (!find_words(c, item, g, s)) continue;
-        int is_last = (n + 1) * GROUP >= total;
-        pack_group(w, g, k, v, s);
-        for (int64_t h = 0; h < group; h++) {
-            if (!h || c->mask_stride[1]) mask_keys(c, item, (int32_t)(item->kv_head * group + h), g);
-            for (int64_t i = 0; i < tiles; i++) {
-                int64_t from = item->rows * i / tiles, to = item->rows * (i + 1) / tiles;
-                if (!h) prefetch_keys(w, next, k, v, i, tiles);
-                if (is_last) prefetch_out(w, item, s, item->kv_head * group + h, from, to);
-                Scratch part = rows_of(w, &s->s, h * item->rows + from);
-                t.rows = (int)(to - from);
-                t.q = part.q;
-                t.out = part.out;
-                t.sums = part.sums;
-                t.maxima = part.maxima;
-                t.limits = part.limits;
-                int panels;
-                if (g->is_whole) {
-                    panels = attend_whole_group(&t, g);
-                } else {
-                    uint64_t word[MR][WORDS];
-                    row_words(c, item, s, g, from, t.rows, word);
-                    panels = attend_window_group(&t, g, word, c->bias ? g->bias : NULL);
-                }
-                s->pairs += panels * t.rows * VL;
+    for (int64_t first = 0, n = 0; first < total; first += KEYS, n = !n) {
+        find_keys(c, item, first + KEYS, &keys[!n]);
+        prepare_rows(&w->shape, &s->work, &keys[n].rows);
+        for (int64_t h = 0; h < group; h++)
+            for (int i = 0; i < strips; i++) {
+                int is_last = h == group - 1 && i == strips - 1;
+                attend_window(w, item, s, h, i, &keys[n], is_last ? &keys[!n].rows : &nothing);
             }
-        }
     }
     save_rows(w, item, s);
 }
@@ -258,36 +124,23 @@ static void attend_window_item(const WindowJob *w, WindowItem *item, WindowScrat
 
 static int open_window_scratch(const WindowJob *w, WindowScratch *s) {
     const WindowCall *c = w->call;
-    const Job *job = &w->job;
-    int32_t longest = 0;
-    for (int a = 0; a < 3; a++) longest = c->span[a] > longest ? c->span[a] : longest;
-    size_t item = (size_t)c->rows_per_item, rows = item * (size_t)(c->heads / c->kv_heads);
-    struct { void **field; size_t bytes; } parts[] = {
-        {(void **)&s->s.q, 4 * rows * (size_t)job->depth},
-        {(void **)&s->s.out, 4 * rows * (size_t)job->vectors_v * VL},
-        {(void **)&s->s.weights, 4 * MR * GROUP + 2 * VECTOR_BYTES * NV},
-        {(void **)&s->s.sums, 4 * rows * VL},
-        {(void **)&s->s.maxima, 4 * rows},
-        {(void **)&s->s.limits, 4 * rows},
-        {(void **)&s->s.bias, 4 * MR * NV * VL},
-        {(void **)&s->keys, (size_t)job->k_panel_bytes * GROUP_PANELS},
-        {(void **)&s->values, (size_t)job->v_panel_bytes * GROUP_PANELS},
-        {(void **)&s->copied_k, VL * padded(4 * (size_t)c->dim)},
-        {(void **)&s->copied_v, VL * padded(4 * (size_t)c->dim_v)},
-        {(void **)&s->row_position, 4 * item},
-        {(void **)&s->row_slot[0], 4 * item},
-        {(void **)&s->row_slot[1], 4 * item},
-        {(void **)&s->row_slot[2], 4 * item},
-        {(void **)&s->words[0], 8 * WORDS * (size_t)c->tile[0]},
-        {(void **)&s->words[1], 8 * WORDS * (size_t)c->tile[1]},
-        {(void **)&s->words[2], 8 * WORDS * (size_t)c->tile[2]},
-        {(void **)&s->before, 8 * WORDS * (size_t)(longest + 1)},
-    };
-    size_t total = 0, count = sizeof parts / sizeof *parts;
-    for (size_t i = 0; i < count; i++) total += padded(parts[i].bytes);
-    char *at = s->base = allocate(total);
+    const Shape *shape = &w->shape;
+    size_t rows = (size_t)c->rows_per_item, strips = (size_t)w->strips;
+    size_t all_strips = strips * (size_t)(c->heads / c->kv_heads);
+    size_t bytes = work_bytes(shape) + all_strips * (strip_bytes(shape)) + 4 * padded(4 * rows);
+    bytes += padded(all_strips * sizeof(Strip));
+    for (int a = 0; a < 3; a++) bytes += padded(8 * strips * (size_t)c->span[a]);
+    char *at = s->base = allocate(bytes);
     if (!at) return 0;
-    for (size_t i = 0; i < count; at += padded(parts[i++].bytes)) *parts[i].field = at;
+    s->work = work_at(shape, take(&at, work_bytes(shape)));
+    s->strips = take(&at, all_strips * sizeof(Strip));
+    for (size_t i = 0; i < all_strips; i++)
+        s->strips[i] = strip_at(shape, take(&at, strip_bytes(shape)));
+    s->row_position = take(&at, 4 * rows);
+    for (int a = 0; a < 3; a++) {
+        s->row_slot[a] = take(&at, 4 * rows);
+        s->words[a] = take(&at, 8 * strips * (size_t)c->span[a]);
+    }
     s->pairs = 0;
     return 1;
 }
@@ -300,7 +153,7 @@ static void *work_on_windows(void *argument) {
         int32_t index = atomic_fetch_add(&w->next, 1);
         WindowItem item;
         if (index >= w->items) break;
-        if (locate_item(w, index, &item)) attend_window_item(w, &item, &s);
+        if (locate_window(w, index, &item)) attend_window_item(w, &item, &s);
     }
     atomic_fetch_add(&w->pairs, s.pairs);
     free(s.base);
@@ -310,32 +163,8 @@ static void *work_on_windows(void *argument) {
 static void plan_windows(WindowJob *w, const WindowCall *c) {
     memset(w, 0, sizeof *w);
     w->call = c;
-    Call *call = &w->in_place;
-    int64_t size = c->dtype == FLOAT32 ? 4 : 2;
-    call->dim = c->dim;
-    call->dim_v = c->dim_v;
-    call->dtype = c->dtype;
-    call->k_stride[2] = c->k_stride[2];
-    call->v_stride[2] = c->v_stride[2];
-    for (int i = 2; i < 4; i++) {
-        call->q_stride[i] = c->q_stride[i];
-        call->o_stride[i] = c->o_stride[i];
-    }
-    call->k_stride[3] = call->v_stride[3] = 1;
-    w->gathered = *call;
-    w->gathered.k_stride[2] = (int64_t)padded((size_t)(c->dim * size)) / size;
-    w->gathered.v_stride[2] = (int64_t)padded((size_t)(c->dim_v * size)) / size;
-    Job *job = &w->job;
-    job->call = &w->gathered;
-    job->use_dot = HAS_DOT && c->dtype == BFLOAT16;
-    job->depth = job->use_dot ? (c->dim + 1) / 2 : c->dim;
-    job->vectors_v = (c->dim_v + VL - 1) / VL;
-    job->k_panel_bytes = job->depth * VECTOR_BYTES;
-    job->v_panel_bytes = job->vectors_v * VECTOR_BYTES * (job->use_dot ? VL / 2 : VL);
-    job->sign = c->scale < 0 ? -1.0f : c->scale > 0 ? 1.0f : 0.0f;
-    job->factor = c->scale == 0 ? 1.0f : fabsf(c->scale) * LOG2E;
-    w->in_place_job = *job;
-    w->in_place_job.call = &w->in_place;
+    w->shape = shape_of(c->dtype, c->dim, c->dim_v, c->scale, c->bias != NULL);
+    w->strips = (c->rows_per_item + LANES - 1) / LANES;
     int64_t rows = (int64_t)c->tile[0] * c->tile[1] * c->tile[2];
     int64_t tiles = (int64_t)c->num_tiles[0] * c->num_tiles[1] * c->num_tiles[2];
     w->items_per_tile = (int32_t)((rows + c->rows_per_item - 1) / c->rows_per_item);

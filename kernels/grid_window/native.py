@@ -20,8 +20,8 @@ from .pattern import Pattern
 from .positions import axis_steps, first_grid_position, special_token_positions
 
 SOURCE = Path(__file__).parent / "native.c"
-ROW_STEP = 6  # rows that the kernel computes together
-MAX_ITEM_ROWS = 504
+ROW_STEP = 16  # rows that the kernel computes together are a multiple of these
+MAX_ITEM_ROWS = 512
 # Below this much work per thread, starting it costs more than it saves.
 FLOPS_PER_THREAD = 5e6
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -41,10 +41,10 @@ class WindowCall(ctypes.Structure):
         ("lse", _pointer),
         ("seen", _pointer),
         ("bias", _pointer),
-        ("q_stride", _long * 4),
-        ("k_stride", _long * 4),
-        ("v_stride", _long * 4),
-        ("o_stride", _long * 4),
+        ("q_stride", _long * 3),
+        ("k_stride", _long * 3),
+        ("v_stride", _long * 3),
+        ("o_stride", _long * 3),
         ("mask_stride", _long * 3),
         ("queries", _pointer * 3),
         ("keys", _pointer * 3),
@@ -213,7 +213,7 @@ def rows_per_item(plan: NativePlan, groups: int, heads: int, threads: int) -> in
     tile = math.prod(axis.queries.shape[1] for axis in plan.axes)
     tiles = heads * math.prod(axis.queries.shape[0] for axis in plan.axes)
     rows = max(ROW_STEP, min(tile, MAX_ITEM_ROWS // groups // ROW_STEP * ROW_STEP))
-    while threads > 1 and rows > 16 * ROW_STEP and tiles * -(-tile // rows) < 4 * threads:
+    while threads > 1 and rows > 4 * ROW_STEP and tiles * -(-tile // rows) < 4 * threads:
         rows = -(-rows // 2 // ROW_STEP) * ROW_STEP
     return -(-tile // -(-tile // rows))  # even items
 
@@ -232,7 +232,7 @@ def _fill_call(
     for strides, x in zip(
         (call.q_stride, call.k_stride, call.v_stride, call.o_stride), (q, k, v, out), strict=True
     ):
-        strides[:] = x.stride()
+        strides[:] = x.stride()[:3]
     call.lse = None if lse is None else lse.data_ptr()
     keep = [*tensors]
     if attn_mask is not None:

@@ -2,7 +2,8 @@
  * Prints the number of calls; exits 1 where an output differs from plain loops. */
 
 #include "../../kernels/block_select/native.c"
-#include "../../kernels/grid_window/native.c" /* with block_sparse/native.c */
+#include "../../kernels/block_sparse/native.c"
+#include "../../kernels/grid_window/native.c"
 
 #include <stdio.h>
 
@@ -94,11 +95,10 @@ static double worst_of_row(const Call *c, int64_t b, int64_t h, int64_t row, con
     return worst;
 }
 
-static void contiguous(int64_t stride[4], int64_t heads, int64_t length, int64_t dim) {
+static void contiguous(int64_t stride[3], int64_t heads, int64_t length, int64_t dim) {
     stride[0] = heads * length * dim;
     stride[1] = length * dim;
     stride[2] = dim;
-    stride[3] = 1;
 }
 
 static int one_call(int dtype) {
@@ -113,7 +113,7 @@ static int one_call(int dtype) {
     c.dim_v = 1 + below(100);
     c.block_q = 1 + below(140);
     c.block_k = 1 + below(140);
-    if (below(2)) { /* whole panels: values in float32 are read where they are */
+    if (below(2)) { /* whole vectors */
         c.dim_v = VL * (1 + below(5));
         c.block_k = VL * (1 + below(6));
     }
@@ -125,7 +125,7 @@ static int one_call(int dtype) {
     contiguous(c.k_stride, c.kv_heads, c.len_k, c.dim);
     contiguous(c.v_stride, c.kv_heads, c.len_k, c.dim_v);
     contiguous(c.o_stride, c.heads, c.len_q, c.dim_v);
-    int64_t size = size_of(&c), num_q = (c.len_q + c.block_q - 1) / c.block_q;
+    int64_t size = element_size(c.dtype), num_q = (c.len_q + c.block_q - 1) / c.block_q;
     int64_t num_k = (c.len_k + c.block_k - 1) / c.block_k, rows = c.batch * c.heads * num_q;
     int64_t counts[] = {c.batch * c.heads * c.len_q * c.dim, c.batch * c.kv_heads * c.len_k * c.dim,
                         c.batch * c.kv_heads * c.len_k * c.dim_v};
@@ -349,6 +349,7 @@ static int one_selection(int dtype) {
     c.is_max = (int)below(2);
     c.threads = 1 + (int)below(3);
     contiguous(c.stride, c.heads, c.length, c.dim);
+    c.stride[3] = 1;
     int64_t count = c.batch * c.heads * c.length * c.dim, size = dtype == FLOAT32 ? 4 : 2;
     int64_t blocks = (c.length + c.block - 1) / c.block;
     void *tokens = exactly((size_t)(count * size));
