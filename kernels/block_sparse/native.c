@@ -13,6 +13,10 @@ typedef struct {
     char *base;
     Strip strips[MAX_STRIPS];
     Work work;
+    Item next; /* what it will likely work on next */
+    Batch first; /* of that */
+    const char *query[MAX_ROWS], *next_query[MAX_ROWS];
+    char *out[MAX_ROWS];
 } Scratch;
 
 /* ---- one work item: some rows of a query block ------------------------------------------------ */
@@ -34,40 +38,37 @@ static int locate_item(const Job *job, int64_t index, Item *item) {
     return item->rows > 0;
 }
 
-static void load_item(const Job *job, const Item *item, Scratch *s) {
+static void find_queries(const Job *job, const Item *item, const char **row) {
     const Call *c = job->call;
     int64_t size = element_size(c->dtype);
-    const char *from = (const char *)c->query +
-        (item->b * c->q_stride[0] + item->h * c->q_stride[1] + item->row * c->q_stride[2]) * size;
-    const char *row[LANES];
-    for (int64_t first = 0; first < item->rows; first += LANES) {
-        int rows = (int)(item->rows - first < LANES ? item->rows - first : LANES);
-        for (int r = 0; r < rows; r++) row[r] = from + (first + r) * c->q_stride[2] * size;
-        load_strip(&job->shape, &s->strips[first / LANES], row, rows);
-    }
+    const char *from = (const char *)c->query + (item->b * c->q_stride[0] + item->h * c->q_stride[1]) * size;
+    for (int64_t r = 0; r < item->rows; r++) row[r] = from + (item->row + r) * c->q_stride[2] * size;
+}
+
+static void find_outputs(const Job *job, const Item *item, char **row) {
+    const Call *c = job->call;
+    int64_t size = element_size(c->dtype);
+    char *to = (char *)c->out + (item->b * c->o_stride[0] + item->h * c->o_stride[1]) * size;
+    for (int64_t r = 0; r < item->rows; r++) row[r] = to + (item->row + r) * c->o_stride[2] * size;
+}
+
+INLINE int rows_from(const Item *item, int64_t first) {
+    return (int)(item->rows - first < LANES ? item->rows - first : LANES);
 }
 
 static void store_item(const Job *job, const Item *item, Scratch *s) {
     const Call *c = job->call;
-    int64_t size = element_size(c->dtype);
-    char *to = (char *)c->out +
-        (item->b * c->o_stride[0] + item->h * c->o_stride[1] + item->row * c->o_stride[2]) * size;
     float *lse = c->lse ? c->lse + (item->b * c->heads + item->h) * c->len_q + item->row : NULL;
-    char *row[LANES];
     float *lse_of[LANES];
     for (int64_t first = 0; first < item->rows; first += LANES) {
-        Strip *t = &s->strips[first / LANES];
-        for (int r = 0; r < t->rows; r++) {
-            row[r] = to + (first + r) * c->o_stride[2] * size;
-            if (lse) lse_of[r] = lse + first + r;
-        }
-        store_strip(&job->shape, t, row, lse ? lse_of : NULL);
+        for (int r = 0; lse && r < rows_from(item, first); r++) lse_of[r] = lse + first + r;
+        store_strip(&job->shape, &s->strips[first / LANES], s->out + first, lse ? lse_of : NULL);
     }
 }
 
 /* One strip over one batch: keys that none of its rows sees are left out. */
 static void attend_batch(const Job *job, const Item *item, Strip *t, int64_t row, Scratch *s,
-                         Batch *batch, const Rows *ahead) {
+                         Batch *batch, const Ahead *ahead) {
     uint64_t seen[64];
     Rows some;
     int32_t key[KEYS];
@@ -90,27 +91,39 @@ static void attend_batch(const Job *job, const Item *item, Strip *t, int64_t row
     attend_run(&job->shape, t, &s->work, &run, ahead);
 }
 
-static void attend_item(Job *job, Scratch *s, const Item *item) {
-    static const Rows nothing;
-    const Call *c = job->call;
-    int64_t last_row = item->row + item->rows - 1;
-    Walk walk = start_walk(job, item, item->block, last_row);
-    Batch batches[2], beyond;
+/* What a strip fetches while it meets the last keys of its item: its outputs, and what comes next. */
+static void plan_next_item(const Job *job, const Item *item, Scratch *s, int64_t first, Ahead *ahead) {
+    int64_t size = element_size(job->call->dtype);
+    plan_ahead(ahead, (const char *const *)s->out + first, rows_from(item, first), job->call->dim_v * size);
+    if (first < s->next.rows)
+        plan_ahead(ahead, s->next_query + first, rows_from(&s->next, first), job->call->dim * size);
+    if (first + LANES >= item->rows) plan_rows_ahead(&job->shape, ahead, &s->first.rows);
+}
+
+static void attend_item(Job *job, Scratch *s, const Item *item, int64_t likely) {
+    Walk walk = start_walk(job, item, item->block, item->row + item->rows - 1);
+    Batch batches[2];
     next_batch(job, item, &walk, &batches[0]);
-    load_item(job, item, s);
+    find_queries(job, item, s->query);
+    find_outputs(job, item, s->out);
+    for (int64_t r = 0; r < item->rows; r += LANES)
+        load_strip(&job->shape, &s->strips[r / LANES], s->query + r, rows_from(item, r));
+    s->next.rows = s->first.rows.count = 0;
+    if (likely < job->items && locate_item(job, likely, &s->next)) {
+        Walk other = start_walk(job, &s->next, s->next.block, s->next.row + s->next.rows - 1);
+        next_batch(job, &s->next, &other, &s->first);
+        find_queries(job, &s->next, s->next_query);
+    }
     for (int n = 0; batches[n].rows.count; n = !n) {
-        Batch *batch = &batches[n], *next = &batches[!n];
+        Batch *next = &batches[!n];
         next_batch(job, item, &walk, next);
-        const Rows *ahead = &next->rows;
-        if (!ahead->count && item->block + 1 < job->num_q) { /* likely this thread's too */
-            Walk other = start_walk(job, item, item->block + 1, last_row + c->block_q);
-            next_batch(job, item, &other, &beyond);
-            ahead = &beyond.rows;
+        prepare_rows(&job->shape, &s->work, &batches[n].rows);
+        for (int64_t r = 0; r < item->rows; r += LANES) {
+            Ahead ahead = {.lists = 0};
+            if (!next->rows.count) plan_next_item(job, item, s, r, &ahead);
+            else if (r + LANES >= item->rows) plan_rows_ahead(&job->shape, &ahead, &next->rows);
+            attend_batch(job, item, &s->strips[r / LANES], item->row + r, s, &batches[n], &ahead);
         }
-        prepare_rows(&job->shape, &s->work, &batch->rows);
-        for (int64_t r = 0; r < item->rows; r += LANES)
-            attend_batch(job, item, &s->strips[r / LANES], item->row + r, s, batch,
-                         r + LANES < item->rows ? &nothing : ahead);
     }
     store_item(job, item, s);
 }
@@ -134,7 +147,8 @@ static void *work(void *argument) {
         int64_t index = atomic_fetch_add(&job->next, 1);
         Item item;
         if (index >= job->items) break;
-        if (locate_item(job, index, &item)) attend_item(job, &s, &item);
+        if (!locate_item(job, index, &item)) continue;
+        attend_item(job, &s, &item, atomic_load_explicit(&job->next, memory_order_relaxed));
     }
     free(s.base);
     return NULL;

@@ -229,7 +229,33 @@ static void pair_values(const Shape *s, const Work *w, const Rows *rows) {
 
 /* Rows that are needed soon are fetched a few at a time while others are computed: they lie anywhere,
  * so that the hardware does not see the next one coming. */
-INLINE void fetch_rows(const char *const *row, int from, int to, int64_t bytes) {
-    for (int i = from; i < to; i++)
-        for (int64_t n = 0; n < bytes; n += 64) __builtin_prefetch(row[i] + n, 0, 2);
+typedef struct {
+    int lists;
+    struct {
+        const char *const *row;
+        int count;
+        int64_t bytes;
+    } list[4];
+} Ahead;
+
+INLINE void plan_ahead(Ahead *ahead, const char *const *row, int count, int64_t bytes) {
+    if (!count) return;
+    ahead->list[ahead->lists].row = row;
+    ahead->list[ahead->lists].count = count;
+    ahead->list[ahead->lists++].bytes = bytes;
+}
+
+INLINE void plan_rows_ahead(const Shape *s, Ahead *ahead, const Rows *rows) {
+    plan_ahead(ahead, rows->key, rows->count, s->dim * element_size(s->dtype));
+    plan_ahead(ahead, rows->value, rows->count, s->dim_v * element_size(s->dtype));
+}
+
+/* The part `share` of `shares`. */
+INLINE void fetch_ahead(const Ahead *ahead, int share, int shares) {
+    for (int n = 0; n < ahead->lists; n++) {
+        int count = ahead->list[n].count, each = count / shares + 1, end = (share + 1) * each;
+        for (int i = share * each; i < (end < count ? end : count); i++)
+            for (int64_t at = 0; at < ahead->list[n].bytes; at += 64)
+                __builtin_prefetch(ahead->list[n].row[i] + at, 0, 2);
+    }
 }

@@ -64,14 +64,11 @@ INLINE vf hide(vf score, uint64_t seen, int v) {
 #endif
 }
 
-/* What a mask of floats adds to the scores of a tile, and what other masks hide of it. */
-NOINLINE void adjust_scores(const Shape *s, const Strip *t, const Work *w, const Run *run, int first,
-                            int keys, int masked, vf *scores) {
+/* Adds a mask of floats to the scores of a tile. */
+NOINLINE void add_bias(const Shape *s, const Strip *t, const Work *w, int first, int keys, vf *scores) {
     for (int i = 0; i < keys; i++, scores += NV)
-        for (int v = 0; v < t->width; v++) {
-            if (s->biased) scores[v] = scores[v] * splat(s->factor) + w->bias[(first + i) * NV + v];
-            if (masked) scores[v] = hide(scores[v], run->seen[first + i], v);
-        }
+        for (int v = 0; v < t->width; v++)
+            scores[v] = scores[v] * splat(s->factor) + w->bias[(first + i) * NV + v];
 }
 
 /* Weights of the keys `first`, ..., `first + keys - 1`, and their part of the sums. */
@@ -106,18 +103,23 @@ INLINE void weigh_tile(const Shape *s, Strip *t, const Work *w, const Run *run, 
         }
     }
     float factor = dot && !s->biased ? s->factor : 1;
-    if (__builtin_expect(masked | s->biased, 0)) {
+    if (__builtin_expect(s->biased, 0)) {
         vf scores[MR * NV];
         UNROLL
         for (int i = 0; i < keys; i++)
             UNROLL
             for (int v = 0; v < width; v++) scores[i * NV + v] = acc[i][v];
-        adjust_scores(s, t, w, run, first, keys, masked, scores);
+        add_bias(s, t, w, first, keys, scores);
         UNROLL
         for (int i = 0; i < keys; i++)
             UNROLL
             for (int v = 0; v < width; v++) acc[i][v] = scores[i * NV + v];
     }
+    if (masked)
+        UNROLL
+        for (int i = 0; i < keys; i++)
+            UNROLL
+            for (int v = 0; v < width; v++) acc[i][v] = hide(acc[i][v], run->seen[first + i], v);
     vi over = {0};
     UNROLL
     for (int v = 0; v < width; v++) {
@@ -279,25 +281,26 @@ static Value *const VALUE_TILES[][3] = {
 #endif
 };
 
-/* Add up to KEYS keys to the rows of a strip; the rows ahead are fetched meanwhile. */
-static void attend_run(const Shape *s, Strip *t, const Work *w, Run *run, const Rows *ahead) {
-    int64_t size = element_size(s->dtype), channels = s->dim_v;
-    int count = run->rows->count, kind = t->width - 1 + (s->use_dot ? NV : 0), first = 0, next = 0;
+/* Add up to KEYS keys to the rows of a strip; what lies ahead is fetched meanwhile. */
+static void attend_run(const Shape *s, Strip *t, const Work *w, Run *run, const Ahead *ahead) {
+    int count = run->rows->count, kind = t->width - 1 + (s->use_dot ? NV : 0), first = 0, share = 0;
     if (!count) return;
-    int sixes = fill_run(run, lanes_of(t->rows)), tiles = sixes + tiles_of_four(count);
+    uint64_t all = lanes_of(t->rows);
+    int sixes = fill_run(run, all), tiles = sixes + tiles_of_four(count);
     for (int i = 0; i < tiles; i++) {
-        int keys = i < sixes ? MR : 4, masked = run->masked || first + keys > count;
+        int keys = i < sixes ? MR : 4, masked = 0;
+        if (run->masked || first + keys > count)
+            for (int n = 0; n < keys; n++) masked |= run->seen[first + n] != all;
         WEIGH_TILES[kind][i >= sixes](s, t, w, run, first, masked);
         first += keys;
     }
     if (s->use_dot) pair_values(s, w, run->rows);
-    int share = (int)(ahead->count * MR / (channels + MR - 1)) + 1;
-    for (int64_t channel = 0, step; channel < channels; channel += step, next += share) {
+    int64_t channels = s->dim_v, step;
+    int shares = (int)((channels + MR - 1) / MR);
+    for (int64_t channel = 0; channel < channels; channel += step) {
         int64_t left = channels - channel;
-        int end = left > MR && next + share < ahead->count ? next + share : ahead->count;
         step = left < 4 ? 1 : left < MR || left == 8 ? 4 : MR;
-        fetch_rows(ahead->key, next, end, s->dim * size);
-        fetch_rows(ahead->value, next, end, channels * size);
+        if (share < shares) fetch_ahead(ahead, share++, shares);
         VALUE_TILES[kind][step == MR ? 0 : step == 4 ? 1 : 2](s, t, w, run->rows, channel);
     }
 }

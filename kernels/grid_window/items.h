@@ -39,17 +39,6 @@ typedef struct {
     _Atomic int64_t pairs;
 } WindowJob;
 
-/* What one thread works in. */
-typedef struct {
-    char *base;
-    Work work;
-    Strip *strips;         /* [heads of a key head, strips] */
-    int32_t *row_position; /* [rows] */
-    int32_t *row_slot[3];
-    uint64_t *words[3]; /* lanes of a strip that see a key slot of an axis, [strips, span] */
-    int64_t pairs;
-} WindowScratch;
-
 typedef struct {
     int32_t tile[3], batch, kv_head, first, rows; /* first: query slot of the tile */
     int is_special;
@@ -58,12 +47,32 @@ typedef struct {
     const char *key, *value; /* of the head */
 } WindowItem;
 
+/* Rows of an item. */
+typedef struct {
+    int32_t *position; /* [rows] */
+    int32_t *slot[3];
+} WindowRows;
+
 /* Keys of an item, KEYS at a time. */
 typedef struct {
     Rows rows;
     int32_t position[KEYS];
     int32_t slot[3][KEYS]; /* per axis; -1 for special tokens */
 } WindowKeys;
+
+/* What one thread works in. */
+typedef struct {
+    char *base;
+    Work work;
+    Strip *strips; /* [heads of a key head, strips] */
+    WindowRows rows, next_rows;
+    uint64_t *words[3];         /* lanes of a strip that see a key slot of an axis, [strips, span] */
+    const char **query, **next_query; /* [heads of a key head, rows] */
+    char **out;
+    WindowItem next;  /* what it will likely work on next */
+    WindowKeys first; /* of that */
+    int64_t pairs;
+} WindowScratch;
 
 /* ---- what an item works on -------------------------------------------------------------------- */
 
@@ -100,9 +109,9 @@ static int locate_window(const WindowJob *w, int32_t index, WindowItem *item) {
     return item->rows > 0;
 }
 
-static void find_rows(const WindowCall *c, const WindowItem *item, WindowScratch *s) {
+static void find_rows(const WindowCall *c, const WindowItem *item, WindowRows *rows) {
     if (item->is_special) {
-        memcpy(s->row_position, c->special + item->first, 4 * (size_t)item->rows);
+        memcpy(rows->position, c->special + item->first, 4 * (size_t)item->rows);
         return;
     }
     const int32_t *axis[3];
@@ -115,8 +124,8 @@ static void find_rows(const WindowCall *c, const WindowItem *item, WindowScratch
     slot[1] = item->first / extent[2] % extent[1];
     slot[0] = item->first / extent[2] / extent[1];
     for (int32_t i = 0; i < item->rows; i++) {
-        s->row_position[i] = axis[0][slot[0]] + axis[1][slot[1]] + axis[2][slot[2]];
-        for (int a = 0; a < 3; a++) s->row_slot[a][i] = slot[a];
+        rows->position[i] = axis[0][slot[0]] + axis[1][slot[1]] + axis[2][slot[2]];
+        for (int a = 0; a < 3; a++) rows->slot[a][i] = slot[a];
         for (int a = 2; ++slot[a] == extent[a] && a; a--) slot[a] = 0;
     }
 }
@@ -129,7 +138,7 @@ static void find_words(const WindowJob *w, const WindowItem *item, WindowScratch
         const int32_t *low = c->low[a] + (int64_t)item->tile[a] * c->tile[a];
         const int32_t *high = c->high[a] + (int64_t)item->tile[a] * c->tile[a];
         for (int n = 0; n * LANES < item->rows; n++) {
-            const int32_t *slot = s->row_slot[a] + n * LANES;
+            const int32_t *slot = s->rows.slot[a] + n * LANES;
             uint64_t *words = s->words[a] + (int64_t)n * c->span[a];
             int rows = item->rows - n * LANES < LANES ? item->rows - n * LANES : LANES;
             memset(words, 0, 8 * (size_t)item->extent[a]);
@@ -171,4 +180,18 @@ static void find_keys(const WindowCall *c, const WindowItem *item, int64_t first
         keys->rows.value[i] = item->value + keys->position[i] * v_row;
     }
     keys->rows.count = count;
+}
+
+/* The lanes of a strip that see each key. */
+static void see_keys(const WindowJob *w, const WindowItem *item, const WindowScratch *s, int strip,
+                     const WindowKeys *keys, uint64_t *seen) {
+    const WindowCall *c = w->call;
+    int rows = item->rows - strip * LANES < LANES ? item->rows - strip * LANES : LANES;
+    int count = keys->rows.count;
+    for (int i = 0; i < count; i++) seen[i] = lanes_of(rows);
+    for (int a = 0; a < 3 && !item->is_special; a++) {
+        if (!c->masked[a]) continue;
+        const uint64_t *words = s->words[a] + (int64_t)strip * c->span[a];
+        for (int i = 0; i < count; i++) seen[i] &= keys->slot[a][i] < 0 ? ~(uint64_t)0 : words[keys->slot[a][i]];
+    }
 }

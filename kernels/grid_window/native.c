@@ -9,39 +9,42 @@
 
 /* ---- one work item: some rows of a tile, all query heads of one key head ---------------------- */
 
-static void load_rows(const WindowJob *w, const WindowItem *item, WindowScratch *s) {
-    const WindowCall *c = w->call;
+static void find_window_queries(const WindowCall *c, const WindowItem *item, const WindowRows *rows,
+                         const char **row) {
     int64_t size = element_size(c->dtype), group = c->heads / c->kv_heads;
-    const char *row[LANES];
     for (int64_t h = 0; h < group; h++) {
-        const char *q = (const char *)c->query +
+        const char *from = (const char *)c->query +
             (item->batch * c->q_stride[0] + (item->kv_head * group + h) * c->q_stride[1]) * size;
-        for (int32_t first = 0; first < item->rows; first += LANES) {
-            int rows = item->rows - first < LANES ? item->rows - first : LANES;
-            for (int r = 0; r < rows; r++)
-                row[r] = q + s->row_position[first + r] * c->q_stride[2] * size;
-            load_strip(&w->shape, &s->strips[h * w->strips + first / LANES], row, rows);
-        }
+        for (int32_t r = 0; r < item->rows; r++)
+            row[h * c->rows_per_item + r] = from + rows->position[r] * c->q_stride[2] * size;
     }
+}
+
+static void find_window_outputs(const WindowCall *c, const WindowItem *item, const WindowRows *rows, char **row) {
+    int64_t size = element_size(c->dtype), group = c->heads / c->kv_heads;
+    for (int64_t h = 0; h < group; h++) {
+        char *to = (char *)c->out +
+            (item->batch * c->o_stride[0] + (item->kv_head * group + h) * c->o_stride[1]) * size;
+        for (int32_t r = 0; r < item->rows; r++)
+            row[h * c->rows_per_item + r] = to + rows->position[r] * c->o_stride[2] * size;
+    }
+}
+
+INLINE int window_rows_from(const WindowItem *item, int first) {
+    return item->rows - first < LANES ? item->rows - first : LANES;
 }
 
 static void save_rows(const WindowJob *w, const WindowItem *item, const WindowScratch *s) {
     const WindowCall *c = w->call;
-    int64_t size = element_size(c->dtype), group = c->heads / c->kv_heads;
-    char *row[LANES];
+    int64_t group = c->heads / c->kv_heads;
     float *lse_of[LANES];
     for (int64_t h = 0; h < group; h++) {
-        int64_t head = item->kv_head * group + h;
-        char *out = (char *)c->out + (item->batch * c->o_stride[0] + head * c->o_stride[1]) * size;
-        float *lse = c->lse ? c->lse + (item->batch * c->heads + head) * c->seq_len : NULL;
-        for (int32_t first = 0; first < item->rows; first += LANES) {
-            const Strip *t = &s->strips[h * w->strips + first / LANES];
-            for (int r = 0; r < t->rows; r++) {
-                int32_t position = s->row_position[first + r];
-                row[r] = out + position * c->o_stride[2] * size;
-                if (lse) lse_of[r] = lse + position;
-            }
-            store_strip(&w->shape, t, row, lse ? lse_of : NULL);
+        int64_t head = item->batch * c->heads + item->kv_head * group + h;
+        for (int first = 0; first < item->rows; first += LANES) {
+            for (int r = 0; c->lse && r < window_rows_from(item, first); r++)
+                lse_of[r] = c->lse + head * c->seq_len + s->rows.position[first + r];
+            store_strip(&w->shape, &s->strips[h * w->strips + first / LANES],
+                        s->out + h * c->rows_per_item + first, c->lse ? lse_of : NULL);
         }
     }
 }
@@ -58,63 +61,84 @@ static void load_key_bias(const float *bias, const int64_t stride, const int32_t
 
 /* One strip over some keys, without those that none of its rows sees. */
 static void attend_window(const WindowJob *w, const WindowItem *item, WindowScratch *s, int64_t head,
-                          int n, WindowKeys *keys, const Rows *ahead) {
+                          int n, WindowKeys *keys, const Ahead *ahead) {
     const WindowCall *c = w->call;
     Strip *t = &s->strips[head * w->strips + n];
     int64_t mask = item->batch * c->mask_stride[0] +
                    (item->kv_head * (c->heads / c->kv_heads) + head) * c->mask_stride[1];
-    uint64_t all = lanes_of(t->rows);
-    const uint64_t *words[3];
-    int num_words = 0, axis[3];
-    for (int a = 0; a < 3; a++)
-        if (c->masked[a] && !item->is_special) {
-            axis[num_words] = a;
-            words[num_words++] = s->words[a] + (int64_t)n * c->span[a];
-        }
+    int is_cut = c->seen != NULL;
+    for (int a = 0; a < 3 && !item->is_special; a++) is_cut |= c->masked[a];
     Run run;
     Rows some;
     int32_t position[KEYS];
     run.rows = &keys->rows;
-    run.masked = 0;
-    if (num_words || c->seen) {
+    run.masked = is_cut;
+    if (is_cut) {
+        uint64_t seen[KEYS];
+        see_keys(w, item, s, n, keys, seen);
+        if (c->seen)
+            for (int i = 0; i < keys->rows.count; i++)
+                if (!c->seen[mask + keys->position[i] * c->mask_stride[2]]) seen[i] = 0;
         run.rows = &some;
         some.count = 0;
-        for (int i = 0; i < keys->rows.count; i++) {
-            uint64_t seen = all;
-            for (int a = 0; a < num_words && keys->slot[0][i] >= 0; a++)
-                seen &= words[a][keys->slot[axis[a]][i]];
-            if (!seen || (c->seen && !c->seen[mask + keys->position[i] * c->mask_stride[2]])) continue;
-            run.masked |= seen != all;
-            run.seen[some.count] = seen;
+        for (int i = 0; i < keys->rows.count; i++) { /* without branches: half of them may be hidden */
+            run.seen[some.count] = seen[i];
             position[some.count] = keys->position[i];
             some.key[some.count] = keys->rows.key[i];
-            some.value[some.count++] = keys->rows.value[i];
+            some.value[some.count] = keys->rows.value[i];
+            some.count += seen[i] != 0;
         }
     }
     if (c->bias)
         load_key_bias(c->bias + mask, c->mask_stride[2],
-                      run.rows == &some ? position : keys->position, run.rows->count, s->work.bias);
+                      is_cut ? position : keys->position, run.rows->count, s->work.bias);
     s->pairs += (int64_t)run.rows->count * t->rows;
     attend_run(&w->shape, t, &s->work, &run, ahead);
 }
 
-static void attend_window_item(const WindowJob *w, const WindowItem *item, WindowScratch *s) {
-    static const Rows nothing;
+/* What a strip fetches while it meets the last keys of its item: its outputs, and what comes next. */
+static void plan_next_window(const WindowJob *w, const WindowItem *item, const WindowScratch *s,
+                           int64_t head, int first, Ahead *ahead) {
+    const WindowCall *c = w->call;
+    int64_t size = element_size(c->dtype), at = head * c->rows_per_item + first;
+    plan_ahead(ahead, (const char *const *)s->out + at, window_rows_from(item, first), c->dim_v * size);
+    if (first < s->next.rows)
+        plan_ahead(ahead, s->next_query + at, window_rows_from(&s->next, first), c->dim * size);
+    if (head == c->heads / c->kv_heads - 1 && first + LANES >= item->rows)
+        plan_rows_ahead(&w->shape, ahead, &s->first.rows);
+}
+
+static void attend_window_item(const WindowJob *w, const WindowItem *item, WindowScratch *s,
+                               int32_t likely) {
     const WindowCall *c = w->call;
     int64_t group = c->heads / c->kv_heads, total = item->num_keys + c->num_special;
-    int strips = (item->rows + LANES - 1) / LANES;
     WindowKeys keys[2];
-    find_rows(c, item, s);
+    find_rows(c, item, &s->rows);
     find_words(w, item, s);
     find_keys(c, item, 0, &keys[0]);
-    load_rows(w, item, s);
-    for (int64_t first = 0, n = 0; first < total; first += KEYS, n = !n) {
-        find_keys(c, item, first + KEYS, &keys[!n]);
+    find_window_queries(c, item, &s->rows, s->query);
+    find_window_outputs(c, item, &s->rows, s->out);
+    for (int64_t h = 0; h < group; h++)
+        for (int first = 0; first < item->rows; first += LANES)
+            load_strip(&w->shape, &s->strips[h * w->strips + first / LANES],
+                       s->query + h * c->rows_per_item + first, window_rows_from(item, first));
+    s->next.rows = s->first.rows.count = 0;
+    if (likely < w->items && locate_window(w, likely, &s->next)) {
+        find_rows(c, &s->next, &s->next_rows);
+        find_keys(c, &s->next, 0, &s->first);
+        find_window_queries(c, &s->next, &s->next_rows, s->next_query);
+    }
+    for (int64_t key = 0, n = 0; key < total; key += KEYS, n = !n) {
+        const Rows *next = &keys[!n].rows;
+        find_keys(c, item, key + KEYS, &keys[!n]);
         prepare_rows(&w->shape, &s->work, &keys[n].rows);
         for (int64_t h = 0; h < group; h++)
-            for (int i = 0; i < strips; i++) {
-                int is_last = h == group - 1 && i == strips - 1;
-                attend_window(w, item, s, h, i, &keys[n], is_last ? &keys[!n].rows : &nothing);
+            for (int first = 0; first < item->rows; first += LANES) {
+                Ahead ahead = {.lists = 0};
+                if (!next->count) plan_next_window(w, item, s, h, first, &ahead);
+                else if (h == group - 1 && first + LANES >= item->rows)
+                    plan_rows_ahead(&w->shape, &ahead, next);
+                attend_window(w, item, s, h, first / LANES, &keys[n], &ahead);
             }
     }
     save_rows(w, item, s);
@@ -126,21 +150,26 @@ static int open_window_scratch(const WindowJob *w, WindowScratch *s) {
     const WindowCall *c = w->call;
     const Shape *shape = &w->shape;
     size_t rows = (size_t)c->rows_per_item, strips = (size_t)w->strips;
-    size_t all_strips = strips * (size_t)(c->heads / c->kv_heads);
-    size_t bytes = work_bytes(shape) + all_strips * (strip_bytes(shape)) + 4 * padded(4 * rows);
-    bytes += padded(all_strips * sizeof(Strip));
+    size_t group = (size_t)(c->heads / c->kv_heads);
+    size_t bytes = work_bytes(shape) + group * strips * strip_bytes(shape) + 8 * padded(4 * rows);
+    bytes += padded(group * strips * sizeof(Strip)) + 3 * padded(group * rows * sizeof(char *));
     for (int a = 0; a < 3; a++) bytes += padded(8 * strips * (size_t)c->span[a]);
     char *at = s->base = allocate(bytes);
     if (!at) return 0;
     s->work = work_at(shape, take(&at, work_bytes(shape)));
-    s->strips = take(&at, all_strips * sizeof(Strip));
-    for (size_t i = 0; i < all_strips; i++)
+    s->strips = take(&at, group * strips * sizeof(Strip));
+    for (size_t i = 0; i < group * strips; i++)
         s->strips[i] = strip_at(shape, take(&at, strip_bytes(shape)));
-    s->row_position = take(&at, 4 * rows);
+    s->rows.position = take(&at, 4 * rows);
+    s->next_rows.position = take(&at, 4 * rows);
     for (int a = 0; a < 3; a++) {
-        s->row_slot[a] = take(&at, 4 * rows);
+        s->rows.slot[a] = take(&at, 4 * rows);
+        s->next_rows.slot[a] = take(&at, 4 * rows);
         s->words[a] = take(&at, 8 * strips * (size_t)c->span[a]);
     }
+    s->query = take(&at, group * rows * sizeof(char *));
+    s->next_query = take(&at, group * rows * sizeof(char *));
+    s->out = take(&at, group * rows * sizeof(char *));
     s->pairs = 0;
     return 1;
 }
@@ -153,7 +182,8 @@ static void *work_on_windows(void *argument) {
         int32_t index = atomic_fetch_add(&w->next, 1);
         WindowItem item;
         if (index >= w->items) break;
-        if (locate_window(w, index, &item)) attend_window_item(w, &item, &s);
+        if (!locate_window(w, index, &item)) continue;
+        attend_window_item(w, &item, &s, atomic_load_explicit(&w->next, memory_order_relaxed));
     }
     atomic_fetch_add(&w->pairs, s.pairs);
     free(s.base);

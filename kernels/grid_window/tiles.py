@@ -19,24 +19,21 @@ class TileCost(NamedTuple):
     Attributes:
         per_key: For bringing one key of a tile near, whatever the number of rows.
         per_row: For one row of a tile, whatever the number of keys.
-        run: Hidden keys in a row at which skipping begins to pay; 0 if none are skipped.
         max_rows: Largest tile.
         block: Rows that are computed together; a tile is filled up to a multiple.
     """
 
     per_key: int
     per_row: int
-    run: int
     max_rows: int
     block: int = 1
 
 
-GATHER_COST = TileCost(per_key=32, per_row=32, run=0, max_rows=512)
+GATHER_COST = TileCost(per_key=32, per_row=32, max_rows=512)
 # a program on a GPU takes 128 rows; a larger tile only fills the last of its programs better
-BLOCK_COST = TileCost(per_key=8, per_row=32, run=0, max_rows=1024, block=128)
-# measured with 64 channels: windows of 64 to 4096 tokens, and tiles of the 21 x 24 x 40 preset
-NATIVE_COST = TileCost(per_key=60, per_row=30, run=16, max_rows=504)
-SKIPPED = 0.05  # of a pair, for looking at a hidden one
+BLOCK_COST = TileCost(per_key=8, per_row=32, max_rows=1024, block=128)
+# up to 64 rows lie in the lanes of four vectors; a key that one of them sees is paid by all
+NATIVE_COST = TileCost(per_key=20, per_row=10, max_rows=64, block=16)
 
 
 def order_axes(is_whole: Sequence[bool]) -> Size:
@@ -61,13 +58,8 @@ def estimate_time(
     """Time of all tiles, in query-key pairs."""
     tiles = math.prod([axis.num_tiles(n) for axis, n in zip(axes, tile, strict=True)])
     rows = -(-math.prod(tile) // cost.block) * cost.block
-    keys, seen = 1, 1.0  # keys of a tile, and keys paid per row
-    for i in reversed(order):
-        span, window = axes[i].span(tile[i]), min(axes[i].window_size, axes[i].longest)
-        paid = max(min(1.0, cost.run / keys), SKIPPED) if cost.run else 1.0
-        seen *= window + (span - window) * paid
-        keys *= span
-    return tiles * (rows * (seen + cost.per_row) + cost.per_key * keys)
+    keys = math.prod([axis.span(n) for axis, n in zip(axes, tile, strict=True)])
+    return tiles * (rows * (keys + cost.per_row) + cost.per_key * keys)
 
 
 def search_tile(axes: Sequence[NeighborhoodAxis], order: Size, cost: TileCost) -> Size:
