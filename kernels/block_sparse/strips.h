@@ -26,7 +26,7 @@ typedef struct {
     vf *queries;                /* [depth][NV] */
     vf *out;                    /* [dim_v][NV] */
     vf *sums, *maxima, *limits; /* [NV] */
-    int rows, width;            /* width: vectors that hold rows */
+    int rows, width;            /* width: vectors that are computed: 1, 2 or 4 */
 } Strip;
 
 /* Rows of keys and values, wherever they lie. */
@@ -125,10 +125,10 @@ INLINE uint32_t query_word(const Shape *s, const char *row, int64_t d) {
 static void load_strip(const Shape *s, Strip *t, const char *const *row, int rows) {
     int64_t whole = s->use_dot ? s->dim / 2 : s->dim;
     t->rows = rows;
-    t->width = (rows + VL - 1) / VL;
+    t->width = rows <= VL ? 1 : rows <= 2 * VL ? 2 : NV;
     for (int v = 0; v < t->width; v++) {
         const char *const *from = row + v * VL;
-        int count = rows - v * VL < VL ? rows - v * VL : VL;
+        int count = rows - v * VL < VL ? rows - v * VL : VL; /* may be negative */
         int64_t d = 0;
         for (; d + VL <= whole; d += VL) {
             vf x[VL];

@@ -252,38 +252,36 @@ typedef void Value(const Shape *, const Strip *, const Work *, const Rows *, int
 TILES(float, 1, 0)
 TILES(float, 2, 0)
 #if NV == 4
-TILES(float, 3, 0)
 TILES(float, 4, 0)
 #endif
 #if HAS_DOT
 TILES(dot, 1, 1)
 TILES(dot, 2, 1)
-TILES(dot, 3, 1)
 TILES(dot, 4, 1)
 #endif
 
 static Weigh *const WEIGH_TILES[][2] = {
     WEIGHERS(float, 1), WEIGHERS(float, 2),
 #if NV == 4
-    WEIGHERS(float, 3), WEIGHERS(float, 4),
+    WEIGHERS(float, 4),
 #endif
 #if HAS_DOT
-    WEIGHERS(dot, 1),   WEIGHERS(dot, 2),   WEIGHERS(dot, 3), WEIGHERS(dot, 4),
+    WEIGHERS(dot, 1),   WEIGHERS(dot, 2),   WEIGHERS(dot, 4),
 #endif
 };
 static Value *const VALUE_TILES[][3] = {
     VALUERS(float, 1), VALUERS(float, 2),
 #if NV == 4
-    VALUERS(float, 3), VALUERS(float, 4),
+    VALUERS(float, 4),
 #endif
 #if HAS_DOT
-    VALUERS(dot, 1),   VALUERS(dot, 2),   VALUERS(dot, 3), VALUERS(dot, 4),
+    VALUERS(dot, 1),   VALUERS(dot, 2),   VALUERS(dot, 4),
 #endif
 };
 
 /* Add up to KEYS keys to the rows of a strip; what lies ahead is fetched meanwhile. */
 static void attend_run(const Shape *s, Strip *t, const Work *w, Run *run, const Ahead *ahead) {
-    int count = run->rows->count, kind = t->width - 1 + (s->use_dot ? NV : 0), first = 0, share = 0;
+    int count = run->rows->count, kind = t->width / 2 + (s->use_dot ? NV / 2 + 1 : 0), first = 0, share = 0;
     if (!count) return;
     uint64_t all = lanes_of(t->rows);
     int sixes = fill_run(run, all), tiles = sixes + tiles_of_four(count);

@@ -59,19 +59,19 @@ class Pattern:
         """Queries per tile on each axis where keys are gathered and none is skipped."""
         if isinstance(self.axes[0], WindowAxis):
             return self.windows()
-        return grow_tile(self.neighborhoods(), self.order, GATHER_COST)
+        return grow_tile(self.neighborhoods(), GATHER_COST)
 
     def block_tile(self) -> Size:
         """Queries per tile on each axis for the Triton kernel."""
         if isinstance(self.axes[0], WindowAxis):
             return self.windows()
-        return search_tile(self.neighborhoods(), self.order, BLOCK_COST)
+        return search_tile(self.neighborhoods(), BLOCK_COST)
 
     def native_tile(self) -> Size:
         """Queries per tile on each axis for the native kernel."""
         if isinstance(self.axes[0], WindowAxis):
             return self.windows()
-        return search_tile(self.neighborhoods(), self.order, NATIVE_COST)
+        return search_tile(self.neighborhoods(), NATIVE_COST)
 
     def neighborhoods(self) -> list[NeighborhoodAxis]:
         """The axes of a neighborhood."""

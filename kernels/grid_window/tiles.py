@@ -20,20 +20,21 @@ class TileCost(NamedTuple):
         per_key: For bringing one key of a tile near, whatever the number of rows.
         per_row: For one row of a tile, whatever the number of keys.
         max_rows: Largest tile.
-        block: Rows that are computed together; a tile is filled up to a multiple.
+        blocks: Numbers of rows that are computed together; a tile is filled up with the last of
+            them, and its rest with the smallest that holds it.
     """
 
     per_key: int
     per_row: int
     max_rows: int
-    block: int = 1
+    blocks: tuple[int, ...] = (1,)
 
 
 GATHER_COST = TileCost(per_key=32, per_row=32, max_rows=512)
 # a program on a GPU takes 128 rows; a larger tile only fills the last of its programs better
-BLOCK_COST = TileCost(per_key=8, per_row=32, max_rows=1024, block=128)
+BLOCK_COST = TileCost(per_key=8, per_row=32, max_rows=1024, blocks=(128,))
 # up to 64 rows lie in the lanes of four vectors; a key that one of them sees is paid by all
-NATIVE_COST = TileCost(per_key=20, per_row=10, max_rows=64, block=16)
+NATIVE_COST = TileCost(per_key=20, per_row=10, max_rows=64, blocks=(16, 32, 64))
 
 
 def order_axes(is_whole: Sequence[bool]) -> Size:
@@ -52,29 +53,28 @@ def axis_tiles(axis: NeighborhoodAxis) -> list[int]:
     return sorted(n for n in sizes if n < longest + stride)
 
 
-def estimate_time(
-    axes: Sequence[NeighborhoodAxis], tile: Sequence[int], order: Size, cost: TileCost
-) -> float:
+def estimate_time(axes: Sequence[NeighborhoodAxis], tile: Sequence[int], cost: TileCost) -> float:
     """Time of all tiles, in query-key pairs."""
     tiles = math.prod([axis.num_tiles(n) for axis, n in zip(axes, tile, strict=True)])
-    rows = -(-math.prod(tile) // cost.block) * cost.block
+    whole, rest = divmod(math.prod(tile), cost.blocks[-1])
+    rows = whole * cost.blocks[-1] + next(n for n in (0, *cost.blocks) if n >= rest)
     keys = math.prod([axis.span(n) for axis, n in zip(axes, tile, strict=True)])
     return tiles * (rows * (keys + cost.per_row) + cost.per_key * keys)
 
 
-def search_tile(axes: Sequence[NeighborhoodAxis], order: Size, cost: TileCost) -> Size:
+def search_tile(axes: Sequence[NeighborhoodAxis], cost: TileCost) -> Size:
     """Tile of least estimated time among all of at most `max_rows` rows."""
     smallest, *others = itertools.product(*[axis_tiles(axis) for axis in axes])
-    best, least = smallest, estimate_time(axes, smallest, order, cost)
+    best, least = smallest, estimate_time(axes, smallest, cost)
     for tile in others:
         if math.prod(tile) <= cost.max_rows:
-            time = estimate_time(axes, tile, order, cost)
+            time = estimate_time(axes, tile, cost)
             if time < least:
                 best, least = tile, time
     return best[0], best[1], best[2]
 
 
-def grow_tile(axes: Sequence[NeighborhoodAxis], order: Size, cost: TileCost) -> Size:
+def grow_tile(axes: Sequence[NeighborhoodAxis], cost: TileCost) -> Size:
     """Tile of small estimated time, found by growing one axis at a time.
 
     Greedy, so that a compiler that traces it has a few dozen steps to follow.
@@ -91,7 +91,7 @@ def grow_tile(axes: Sequence[NeighborhoodAxis], order: Size, cost: TileCost) -> 
             tile = [sizes[pick] for sizes, pick in zip(choices, trial, strict=True)]
             if i >= 0 and math.prod(tile) > cost.max_rows:
                 continue
-            time = estimate_time(axes, tile, order, cost)
+            time = estimate_time(axes, tile, cost)
             if least is None or time < least:
                 least, best = time, trial
         if best is picks:
