@@ -146,7 +146,7 @@ def attend_native(
         )
     if status:
         raise RetrofitError(
-            "block_sparse_attention: expected memory for the packed keys of a head, got none. "
+            "block_sparse_attention: expected memory for the buffers of one thread, got none. "
             "Free memory, or lower the number of threads."
         )
 

@@ -47,6 +47,7 @@ typedef struct {
     vf *weights;     /* [KEYS + MR][NV], or pairs of keys */
     vf *bias;        /* [KEYS + MR][NV], in the scale of exp2 */
     uint32_t *pairs; /* [KEYS / 2][dim_v], values of two keys in a word */
+    const Rows *paired;  /* whose values these are, or NULL */
     char *keys, *values; /* [KEYS][depth] and [KEYS][dim_v], copies as floats */
 } Work;
 
@@ -95,7 +96,7 @@ static size_t work_bytes(const Shape *s) {
 }
 
 static Work work_at(const Shape *s, char *at) {
-    Work w;
+    Work w = {.paired = NULL};
     w.weights = take(&at, (KEYS + MR) * NV * VECTOR_BYTES);
     w.bias = take(&at, (KEYS + MR) * NV * VECTOR_BYTES);
     w.pairs = take(&at, KEYS / 2 * 4 * (size_t)s->dim_v);
@@ -160,8 +161,7 @@ static void store_strip(const Shape *s, const Strip *t, char *const *row, float 
     for (int v = 0; v < t->width; v++) {
         char *const *to = row + v * VL;
         int count = t->rows - v * VL < VL ? t->rows - v * VL : VL;
-        vf sum = t->sums[v], inverse;
-        for (int j = 0; j < VL; j++) inverse[j] = sum[j] == 0 ? 0 : 1 / sum[j];
+        vf sum = t->sums[v], inverse = (vf)(~(sum == 0) & (vi)(1 / sum));
         int64_t d = 0;
         for (; d + VL <= s->dim_v; d += VL) {
             vf x[VL];
@@ -198,7 +198,8 @@ INLINE void copy_rows(const char **row, int count, int64_t dim, char *to, int dt
 }
 
 /* Rows that the arithmetic can't read become copies that it can. */
-static void prepare_rows(const Shape *s, const Work *w, Rows *rows) {
+static void prepare_rows(const Shape *s, Work *w, Rows *rows) {
+    w->paired = NULL;
     if (s->copies_values) copy_rows(rows->value, rows->count, s->dim_v, w->values, s->dtype);
     if (!s->copies_keys) return;
     if (!s->use_dot) {

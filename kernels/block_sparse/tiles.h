@@ -280,7 +280,7 @@ static Value *const VALUE_TILES[][3] = {
 };
 
 /* Add up to KEYS keys to the rows of a strip; what lies ahead is fetched meanwhile. */
-static void attend_run(const Shape *s, Strip *t, const Work *w, Run *run, const Ahead *ahead) {
+static void attend_run(const Shape *s, Strip *t, Work *w, Run *run, const Ahead *ahead) {
     int count = run->rows->count, kind = t->width / 2 + (s->use_dot ? NV / 2 + 1 : 0), first = 0, share = 0;
     if (!count) return;
     uint64_t all = lanes_of(t->rows);
@@ -292,7 +292,8 @@ static void attend_run(const Shape *s, Strip *t, const Work *w, Run *run, const 
         WEIGH_TILES[kind][i >= sixes](s, t, w, run, first, masked);
         first += keys;
     }
-    if (s->use_dot) pair_values(s, w, run->rows);
+    if (s->use_dot && w->paired != run->rows) pair_values(s, w, run->rows);
+    w->paired = run->masked ? NULL : run->rows; /* strips that leave out no key share their values */
     int64_t channels = s->dim_v, step;
     int shares = (int)((channels + MR - 1) / MR);
     for (int64_t channel = 0; channel < channels; channel += step) {

@@ -1,4 +1,4 @@
-"""Which tile of queries shares its keys: few visited pairs against tiles that are worth packing."""
+"""Which tile of queries shares its keys: few visited pairs against tiles that are worth their keys."""
 
 from __future__ import annotations
 
