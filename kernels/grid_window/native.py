@@ -209,7 +209,7 @@ def _axis_arrays(table: AxisTables, step: int, first: int, length: int) -> AxisA
 
 
 def rows_per_item(plan: NativePlan, groups: int, heads: int, threads: int) -> int:
-    """Rows of a work item: many share what is known of their keys, but every thread should find work."""
+    """Rows of a work item: many share what is found of their keys; every thread has work."""
     tile = math.prod(axis.queries.shape[1] for axis in plan.axes)
     tiles = heads * math.prod(axis.queries.shape[0] for axis in plan.axes)
     rows = max(ROW_STEP, min(tile, MAX_ITEM_ROWS // groups // ROW_STEP * ROW_STEP))

@@ -1,4 +1,4 @@
-"""Which tile of queries shares its keys: few visited pairs against tiles that are worth their keys."""
+"""Which tile of queries shares its keys: few visited pairs, against what a key costs."""
 
 from __future__ import annotations
 
