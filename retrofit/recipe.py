@@ -253,6 +253,8 @@ def _spell(hint: Any) -> str:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple:
         kinds = [_spell(item) for item in arguments if item is not Ellipsis]
+        if arguments == (int, int, int):
+            return "[frames, height, width] in whole numbers, as in [1, 8, 8]"
         if Ellipsis not in arguments:
             return f"[{', '.join(kinds)}]"
         return LISTS.get(arguments[0], f"a list, each of it {kinds[0]}")

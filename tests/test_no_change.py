@@ -91,10 +91,10 @@ def test_what_a_compiled_graph_did_is_not_guessed():
 
 def test_no_larger_size_is_advised_where_none_would_help():
     advice = METHODS["block-sparse"](keep=1.0).explain_no_change("64 tokens")
-    assert advice.endswith("Take a smaller keep or block_size.")
+    assert advice.endswith("It acts with a smaller keep or block_size.")
     advice = METHODS["clear"](radius=64.0).explain_no_change("512x512")
     assert advice.startswith("this recipe changes nothing at 512x512: ")
-    assert advice.endswith("Take a larger size or a smaller radius.")
+    assert advice.endswith("It acts at a larger size or with a smaller radius.")
 
 
 @pytest.mark.parametrize(

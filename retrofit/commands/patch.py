@@ -99,6 +99,8 @@ def run(
     patch = retrofit.patch(pipe, "block-sparse", keep=0.25)
     retrofit.save(pipe, "out/")
     """
+    if out is None and not dry_run:
+        raise InputError("expected -o FOLDER, or --dry-run. Say where to write.")
     from retrofit.checkpoint import find_checkpoint
     from retrofit.checkpoint.loading import pick_device
     from retrofit.checkpoint.planning import plan_patch, prove
@@ -106,8 +108,6 @@ def run(
 
     what = options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
-    if out is None and not dry_run:
-        raise InputError("expected -o FOLDER, or --dry-run. Say where to write.")
     started = perf_counter()
     found = find_checkpoint(model, weights=not dry_run, config=config)
     plan = plan_patch(

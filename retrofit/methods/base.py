@@ -141,9 +141,10 @@ class Method:
             where: The size that was run: `512x512`, `256 tokens`.
             what: What they call the patch.
         """
-        larger = "" if getattr(self, "keep", None) == 1 else "a larger size"
-        advice = " or ".join(filter(None, (larger, self.acts_with)))
-        return f"{what} changes nothing at {where}: {self.idle}. Take {advice}."
+        larger = "" if getattr(self, "keep", None) == 1 else "at a larger size"
+        settings = f"with {self.acts_with}" if self.acts_with else ""
+        advice = " or ".join(filter(None, (larger, settings)))
+        return f"{what} changes nothing at {where}: {self.idle}. It acts {advice}."
 
     def handlers(self, network: Network, state: RunState) -> Sequence[tuple[str, Handler]]:
         """Further handlers by module path (`""` is the network itself), outermost first."""
