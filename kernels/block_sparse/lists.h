@@ -165,7 +165,8 @@ static int find_seen(const Job *job, const Item *item, int64_t row, int rows, co
         uint64_t ones = lanes_of(batch->piece[n].count) << batch->piece[n].first;
         const uint64_t *bits = batch->piece[n].bits + (row - item->block * c->block_q) * c->mask_words;
         for (int r = 0; r < rows; r++)
-            seen[r] &= ~ones | bits[r * c->mask_words] >> batch->piece[n].shift << batch->piece[n].first;
+            seen[r] &= ~ones | bits[r * c->mask_words] >> batch->piece[n].shift
+                                                       << batch->piece[n].first;
     }
     for (int r = 0; mask && r < rows; r++)
         for (int i = 0; i < count; i++)

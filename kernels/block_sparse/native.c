@@ -32,23 +32,24 @@ static int locate_item(const Job *job, int64_t index, Item *item) {
     if (end > item->row + job->rows_per_item) end = item->row + job->rows_per_item;
     if (end > c->len_q) end = c->len_q;
     item->rows = end - item->row;
-    item->key = (const char *)c->key + (item->b * c->k_stride[0] + item->h / kv * c->k_stride[1]) * size;
-    item->value =
-        (const char *)c->value + (item->b * c->v_stride[0] + item->h / kv * c->v_stride[1]) * size;
+    int64_t k = item->b * c->k_stride[0] + item->h / kv * c->k_stride[1];
+    int64_t v = item->b * c->v_stride[0] + item->h / kv * c->v_stride[1];
+    item->key = (const char *)c->key + k * size;
+    item->value = (const char *)c->value + v * size;
     return item->rows > 0;
 }
 
 static void find_queries(const Job *job, const Item *item, const char **row) {
     const Call *c = job->call;
-    int64_t size = element_size(c->dtype);
-    const char *from = (const char *)c->query + (item->b * c->q_stride[0] + item->h * c->q_stride[1]) * size;
+    int64_t size = element_size(c->dtype), at = item->b * c->q_stride[0] + item->h * c->q_stride[1];
+    const char *from = (const char *)c->query + at * size;
     for (int64_t r = 0; r < item->rows; r++) row[r] = from + (item->row + r) * c->q_stride[2] * size;
 }
 
 static void find_outputs(const Job *job, const Item *item, char **row) {
     const Call *c = job->call;
-    int64_t size = element_size(c->dtype);
-    char *to = (char *)c->out + (item->b * c->o_stride[0] + item->h * c->o_stride[1]) * size;
+    int64_t size = element_size(c->dtype), at = item->b * c->o_stride[0] + item->h * c->o_stride[1];
+    char *to = (char *)c->out + at * size;
     for (int64_t r = 0; r < item->rows; r++) row[r] = to + (item->row + r) * c->o_stride[2] * size;
 }
 
@@ -93,10 +94,11 @@ static void attend_batch(const Job *job, const Item *item, Strip *t, int64_t row
 
 /* What a strip fetches while it meets the last keys of its item: its outputs, and what comes next. */
 static void plan_next_item(const Job *job, const Item *item, Scratch *s, int64_t first, Ahead *ahead) {
-    int64_t size = element_size(job->call->dtype);
-    plan_ahead(ahead, (const char *const *)s->out + first, rows_from(item, first), job->call->dim_v * size);
+    const Call *c = job->call;
+    int64_t size = element_size(c->dtype);
+    plan_ahead(ahead, (const char *const *)s->out + first, rows_from(item, first), c->dim_v * size);
     if (first < s->next.rows)
-        plan_ahead(ahead, s->next_query + first, rows_from(&s->next, first), job->call->dim * size);
+        plan_ahead(ahead, s->next_query + first, rows_from(&s->next, first), c->dim * size);
     if (first + LANES >= item->rows) plan_rows_ahead(&job->shape, ahead, &s->first.rows);
 }
 

@@ -11,21 +11,6 @@
 
 /* ---- weights ----------------------------------------------------------------------------------- */
 
-#if HAS_DOT
-static const uint16_t IN_TURN[] __attribute__((aligned(64))) = {
-    0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
-    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
-
-/* Weights of two keys, rounded to bfloat16, in the words of their rows. */
-INLINE vf pair_weights(vf first, vf second) {
-    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
-    return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(IN_TURN), both);
-}
-
-INLINE vf first_of(vf pair) { return (vf)((vi)pair << 16); }
-INLINE vf second_of(vf pair) { return (vf)((vi)pair & splat_bits(0xffff0000u)); }
-#endif
-
 /* The maxima of rows with a score above their limit become those scores; what these rows summed
  * before shrinks, and so do the weights of the first `waiting` keys, whose values are not added yet. */
 NOINLINE void raise_maxima(const Shape *s, Strip *t, const Work *w, const vf *scores, int keys,
@@ -164,8 +149,8 @@ INLINE void weigh_tile(const Shape *s, Strip *t, const Work *w, const Run *run, 
 /* ---- values ------------------------------------------------------------------------------------ */
 
 /* Weights times values, for the channels `first`, ..., `first + channels - 1`. */
-INLINE void value_tile(const Shape *s, const Strip *t, const Work *w, const Rows *rows,
-                       int64_t first, const int channels, const int width, const int dot) {
+INLINE void value_tile(const Strip *t, const Work *w, const Rows *rows, int64_t first, int64_t dims,
+                       const int channels, const int width, const int dot) {
     const vf *weights = w->weights;
     vf acc[MR][NV], *out = t->out + first * NV;
     UNROLL
@@ -178,7 +163,7 @@ INLINE void value_tile(const Shape *s, const Strip *t, const Work *w, const Rows
         UNROLL
         for (int v = 0; v < width; v++) x[v] = weights[n * NV + v];
 #if HAS_DOT
-        const uint32_t *pair = w->pairs + n * s->dim_v + first;
+        const uint32_t *pair = w->pairs + n * dims + first;
 #endif
         const float *value = (const float *)rows->value[n] + first;
         UNROLL
@@ -197,7 +182,7 @@ INLINE void value_tile(const Shape *s, const Strip *t, const Work *w, const Rows
             for (int v = 0; v < width; v++) acc[i][v] += one * x[v];
         }
     }
-    (void)s;
+    (void)dims;
     UNROLL
     for (int i = 0; i < channels; i++)
         UNROLL
@@ -206,16 +191,73 @@ INLINE void value_tile(const Shape *s, const Strip *t, const Work *w, const Rows
 
 /* ---- all keys of a run ------------------------------------------------------------------------- */
 
-/* `count` as tiles of MR and of 4, with at most 3 to spare (1 from 4 on). */
-INLINE int tiles_of_four(int count) {
+typedef struct {
+    void (*weigh_six)(const Shape *, Strip *, const Work *, const Run *, int, int);
+    void (*weigh_four)(const Shape *, Strip *, const Work *, const Run *, int, int); /* or NULL */
+    void (*value_six)(const Strip *, const Work *, const Rows *, int64_t, int64_t);
+    void (*value_four)(const Strip *, const Work *, const Rows *, int64_t, int64_t);
+    void (*value_one)(const Strip *, const Work *, const Rows *, int64_t, int64_t);
+} Tiles;
+
+/* Each is a function of its own: what one hoists would cost another its registers. */
+#define WEIGH(name, keys, width, dot)                                                              \
+    static void name(const Shape *s, Strip *t, const Work *w, const Run *run, int first,           \
+                     int masked) {                                                                 \
+        weigh_tile(s, t, w, run, first, keys, masked, width, dot);                                 \
+    }
+#define VALUE(name, channels, width, dot)                                                          \
+    static void name(const Strip *t, const Work *w, const Rows *rows, int64_t first,               \
+                     int64_t dims) {                                                               \
+        value_tile(t, w, rows, first, dims, channels, width, dot);                                 \
+    }
+/* A compiler takes a second for these: few kinds are made for strips that don't fill all vectors. The
+ * rest computes lanes that hold no row, which nobody reads. */
+#define NARROW(name, width, dot)                                                                   \
+    WEIGH(name##_weigh_six, MR, width, dot)                                                        \
+    VALUE(name##_value_six, MR, width, dot)                                                        \
+    VALUE(name##_value_four, 4, width, dot)
+#define WIDE(name, dot)                                                                            \
+    NARROW(name, NV, dot)                                                                          \
+    WEIGH(name##_weigh_four, 4, NV, dot)                                                           \
+    VALUE(name##_value_one, 1, NV, dot)
+#define TILES(name, four, one) {name##_weigh_six, four, name##_value_six, name##_value_four, one}
+
+WIDE(floats, 0)
+NARROW(one_float, 1, 0)
+#if HAS_DOT
+WIDE(dots, 1)
+NARROW(one_dot, 1, 1)
+NARROW(two_dots, 2, 1)
+#endif
+#if NV == 4
+NARROW(two_floats, 2, 0)
+#endif
+
+/* By width / 2, and from 3 on for dot products. */
+static const Tiles TILES_OF[] = {
+    TILES(one_float, NULL, floats_value_one),
+#if NV == 4
+    TILES(two_floats, NULL, floats_value_one),
+#endif
+    TILES(floats, floats_weigh_four, floats_value_one),
+#if HAS_DOT
+    TILES(one_dot, NULL, dots_value_one),
+    TILES(two_dots, NULL, dots_value_one),
+    TILES(dots, dots_weigh_four, dots_value_one),
+#endif
+};
+
+/* How many tiles of 4 keys leave least to spare beside those of MR. */
+INLINE int count_fours(const Tiles *tiles, int count) {
     static const int8_t of_rest[MR] = {0, 2, 2, 1, 1, 0};
-    return count <= 4 ? 1 : of_rest[count % MR];
+    return !tiles->weigh_four ? 0 : count <= 4 ? 1 : of_rest[count % MR];
 }
 
-/* The tile's last keys may be there to fill it only: no lane sees them. */
-static int fill_run(Run *run, uint64_t all) {
-    int count = run->rows->count, fours = tiles_of_four(count);
-    int sixes = count <= 4 ? 0 : (count - 4 * fours + MR - 1) / MR, filled = MR * sixes + 4 * fours;
+/* The last tile may have keys that are there to fill it only: no lane sees them. Returns the tiles of
+ * MR keys, which come first. */
+static int fill_run(Run *run, int fours, uint64_t all) {
+    int count = run->rows->count, rest = count - 4 * fours;
+    int sixes = rest > 0 ? (rest + MR - 1) / MR : 0, filled = MR * sixes + 4 * fours;
     if (!run->masked) /* it may matter for the last tile */
         for (int i = filled - MR > 0 ? filled - MR : 0; i < count; i++) run->seen[i] = all;
     for (int i = count; i < filled; i++) {
@@ -225,81 +267,29 @@ static int fill_run(Run *run, uint64_t all) {
     return sixes;
 }
 
-typedef void Weigh(const Shape *, Strip *, const Work *, const Run *, int, int);
-typedef void Value(const Shape *, const Strip *, const Work *, const Rows *, int64_t);
-
-/* Each kind of tile is a function of its own: what one hoists would cost another its registers. */
-#define TILES(kind, width, dot)                                                                    \
-    WEIGH(weigh_##kind##_##width##x6, 6, width, dot)                                               \
-    WEIGH(weigh_##kind##_##width##x4, 4, width, dot)                                               \
-    VALUE(value_##kind##_##width##x6, 6, width, dot)                                               \
-    VALUE(value_##kind##_##width##x4, 4, width, dot)                                               \
-    VALUE(value_##kind##_##width##x1, 1, width, dot)
-#define WEIGH(name, keys, width, dot)                                                              \
-    static void name(const Shape *s, Strip *t, const Work *w, const Run *run, int first,           \
-                     int masked) {                                                                 \
-        weigh_tile(s, t, w, run, first, keys, masked, width, dot);                                 \
-    }
-#define VALUE(name, channels, width, dot)                                                          \
-    static void name(const Shape *s, const Strip *t, const Work *w, const Rows *rows,              \
-                     int64_t first) {                                                              \
-        value_tile(s, t, w, rows, first, channels, width, dot);                                    \
-    }
-#define WEIGHERS(kind, width) {weigh_##kind##_##width##x6, weigh_##kind##_##width##x4}
-#define VALUERS(kind, width)                                                                       \
-    {value_##kind##_##width##x6, value_##kind##_##width##x4, value_##kind##_##width##x1}
-
-TILES(float, 1, 0)
-TILES(float, 2, 0)
-#if NV == 4
-TILES(float, 4, 0)
-#endif
-#if HAS_DOT
-TILES(dot, 1, 1)
-TILES(dot, 2, 1)
-TILES(dot, 4, 1)
-#endif
-
-static Weigh *const WEIGH_TILES[][2] = {
-    WEIGHERS(float, 1), WEIGHERS(float, 2),
-#if NV == 4
-    WEIGHERS(float, 4),
-#endif
-#if HAS_DOT
-    WEIGHERS(dot, 1),   WEIGHERS(dot, 2),   WEIGHERS(dot, 4),
-#endif
-};
-static Value *const VALUE_TILES[][3] = {
-    VALUERS(float, 1), VALUERS(float, 2),
-#if NV == 4
-    VALUERS(float, 4),
-#endif
-#if HAS_DOT
-    VALUERS(dot, 1),   VALUERS(dot, 2),   VALUERS(dot, 4),
-#endif
-};
-
 /* Add up to KEYS keys to the rows of a strip; what lies ahead is fetched meanwhile. */
 static void attend_run(const Shape *s, Strip *t, Work *w, Run *run, const Ahead *ahead) {
-    int count = run->rows->count, kind = t->width / 2 + (s->use_dot ? NV / 2 + 1 : 0), first = 0, share = 0;
+    const Tiles *tiles = &TILES_OF[t->width / 2 + (s->use_dot ? 3 : 0)];
+    int count = run->rows->count, fours = count_fours(tiles, count), first = 0, share = 0;
     if (!count) return;
     uint64_t all = lanes_of(t->rows);
-    int sixes = fill_run(run, all), tiles = sixes + tiles_of_four(count);
-    for (int i = 0; i < tiles; i++) {
+    int sixes = fill_run(run, fours, all);
+    for (int i = 0; i < sixes + fours; i++) {
         int keys = i < sixes ? MR : 4, masked = 0;
         if (run->masked || first + keys > count)
             for (int n = 0; n < keys; n++) masked |= run->seen[first + n] != all;
-        WEIGH_TILES[kind][i >= sixes](s, t, w, run, first, masked);
+        (i < sixes ? tiles->weigh_six : tiles->weigh_four)(s, t, w, run, first, masked);
         first += keys;
     }
     if (s->use_dot && w->paired != run->rows) pair_values(s, w, run->rows);
     w->paired = run->masked ? NULL : run->rows; /* strips that leave out no key share their values */
-    int64_t channels = s->dim_v, step;
-    int shares = (int)((channels + MR - 1) / MR);
-    for (int64_t channel = 0; channel < channels; channel += step) {
-        int64_t left = channels - channel;
+    int64_t dims = s->dim_v, step;
+    int shares = (int)((dims + MR - 1) / MR);
+    for (int64_t channel = 0; channel < dims; channel += step) {
+        int64_t left = dims - channel;
         step = left < 4 ? 1 : left < MR || left == 8 ? 4 : MR;
         if (share < shares) fetch_ahead(ahead, share++, shares);
-        VALUE_TILES[kind][step == MR ? 0 : step == 4 ? 1 : 2](s, t, w, run->rows, channel);
+        (step == MR ? tiles->value_six : step == 4 ? tiles->value_four : tiles->value_one)(
+            t, w, run->rows, channel, dims);
     }
 }

@@ -220,11 +220,26 @@ INLINE void store_floats(void *dst, int64_t at, vf x, int dtype) {
     for (int i = 0; i < VL; i++) to[i] = dtype == BFLOAT16 ? to_bfloat(x[i]) : to_half(x[i]);
 }
 
+#if HAS_DOT
+static const uint16_t IN_TURN[] __attribute__((aligned(64))) = {
+    0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23,
+    8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31};
+
+/* Weights of two keys, rounded to bfloat16, in the words of their rows. */
+INLINE vf pair_weights(vf first, vf second) {
+    __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+    return (vf)_mm512_permutexvar_epi16(_mm512_load_si512(IN_TURN), both);
+}
+
+INLINE vf first_of(vf pair) { return (vf)((vi)pair << 16); }
+INLINE vf second_of(vf pair) { return (vf)((vi)pair & splat_bits(0xffff0000u)); }
+#endif
+
 /* Half of a butterfly: lanes `l` of the result come from lane FIRST or SECOND of the pair (a, b). */
 #define FIRST(l, s) ((l) & (s) ? VL + (l) - (s) : (l))
 #define SECOND(l, s) ((l) & (s) ? VL + (l) : (l) + (s))
 #if VECTOR_BYTES == 64
-#define EACH_LANE(f, s)                                                                                \
+#define EACH_LANE(f, s)                                                                            \
     f(0, s), f(1, s), f(2, s), f(3, s), f(4, s), f(5, s), f(6, s), f(7, s), f(8, s), f(9, s),      \
         f(10, s), f(11, s), f(12, s), f(13, s), f(14, s), f(15, s)
 #elif VECTOR_BYTES == 32

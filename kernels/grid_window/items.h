@@ -192,6 +192,7 @@ static void see_keys(const WindowJob *w, const WindowItem *item, const WindowScr
     for (int a = 0; a < 3 && !item->is_special; a++) {
         if (!c->masked[a]) continue;
         const uint64_t *words = s->words[a] + (int64_t)strip * c->span[a];
-        for (int i = 0; i < count; i++) seen[i] &= keys->slot[a][i] < 0 ? ~(uint64_t)0 : words[keys->slot[a][i]];
+        const int32_t *slot = keys->slot[a];
+        for (int i = 0; i < count; i++) seen[i] &= slot[i] < 0 ? ~(uint64_t)0 : words[slot[i]];
     }
 }

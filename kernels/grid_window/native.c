@@ -20,7 +20,8 @@ static void find_window_queries(const WindowCall *c, const WindowItem *item, con
     }
 }
 
-static void find_window_outputs(const WindowCall *c, const WindowItem *item, const WindowRows *rows, char **row) {
+static void find_window_outputs(const WindowCall *c, const WindowItem *item, const WindowRows *rows,
+                                char **row) {
     int64_t size = element_size(c->dtype), group = c->heads / c->kv_heads;
     for (int64_t h = 0; h < group; h++) {
         char *to = (char *)c->out +
