@@ -180,20 +180,40 @@ static int find_seen(const Job *job, const Item *item, int64_t row, int rows, co
     return 1;
 }
 
-/* The float mask of a run's keys for the rows of a strip, in the scale of exp2. */
+/* In the scale of exp2. The lowest finite value must not become -inf: a row of it is a plain mean. */
+INLINE vf scale_bias(vf raw) {
+    vf scaled = raw * splat(LOG2E), lowest = splat(-2e38f);
+    vi is_low = (scaled < lowest) & (raw > splat(-INFINITY));
+    return (vf)((is_low & (vi)lowest) | (~is_low & (vi)scaled));
+}
+
+/* The float mask of some keys for VL rows, of which `rows` exist; rows of it become lanes. */
+static void load_bias_lanes(const float *base, const int64_t stride[4], int rows, const int32_t *key,
+                            int count, vf *bias) {
+    int i = 0;
+    while (i < count) {
+        vf x[VL];
+        int follow = stride[3] == 1 && i + VL <= count && key[i + VL - 1] - key[i] == VL - 1;
+        if (follow) {
+            for (int r = 0; r < VL; r++) x[r] = (vf){0};
+            for (int r = 0; r < rows; r++) x[r] = *(const vfu *)(base + r * stride[2] + key[i]);
+            transpose(x);
+        } else {
+            x[0] = (vf){0};
+            for (int r = 0; r < rows; r++) x[0][r] = base[r * stride[2] + key[i] * stride[3]];
+        }
+        for (int n = 0; n < (follow ? VL : 1); n++) bias[i++ * NV] = scale_bias(x[n]);
+    }
+    for (int n = 0; n < MR; n++) bias[i++ * NV] = (vf){0}; /* keys that fill a tile have one too */
+}
+
 static void load_bias(const Job *job, const Item *item, int64_t row, const Strip *t,
                       const int32_t *key, int count, vf *bias) {
     const Call *c = job->call;
-    const float *base =
-        (const float *)c->attn_mask + item->b * c->m_stride[0] + item->h * c->m_stride[1];
-    memset(bias, 0, (size_t)(count + MR) * NV * VECTOR_BYTES); /* keys that fill a tile have one too */
-    for (int i = 0; i < count; i++) {
-        float *to = (float *)(bias + i * NV);
-        const float *from = base + key[i] * c->m_stride[3];
-        for (int r = 0; r < t->rows; r++) {
-            float raw = from[(row + r) * c->m_stride[2]], scaled = raw * LOG2E;
-            /* the lowest finite value must not become -inf: a row of it is a plain mean */
-            to[r] = scaled < -2e38f && raw > -INFINITY ? -2e38f : scaled;
-        }
+    const float *base = (const float *)c->attn_mask + item->b * c->m_stride[0] +
+                        item->h * c->m_stride[1] + row * c->m_stride[2];
+    for (int v = 0; v < t->width; v++) {
+        int rows = t->rows - v * VL < VL ? t->rows - v * VL : VL;
+        load_bias_lanes(base + v * VL * c->m_stride[2], c->m_stride, rows, key, count, bias + v);
     }
 }

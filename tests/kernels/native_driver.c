@@ -84,8 +84,12 @@ static double worst_of_row(const Call *c, int64_t b, int64_t h, int64_t row, con
             sees[j] = c->mask_bits[(id * c->block_q + row % c->block_q) * c->mask_words +
                                    inside / 64] >> (inside % 64) & 1;
     }
+    int64_t mask = row * c->m_stride[2];
+    for (int64_t j = 0; c->attn_mask_kind == MASK_BOOL && j < c->len_k; j++)
+        sees[j] &= ((const uint8_t *)c->attn_mask)[mask + j];
     Row r = {.query = element(c->query, (at * c->len_q + row) * c->dim, c->dtype),
              .key = element(c->key, kv * c->len_k * c->dim, c->dtype),
+             .bias = c->attn_mask_kind == MASK_FLOAT ? (const float *)c->attn_mask + mask : NULL,
              .value = element(c->value, kv * c->len_k * c->dim_v, c->dtype),
              .out = element(c->out, (at * c->len_q + row) * c->dim_v, c->dtype),
              .dim = c->dim, .dim_v = c->dim_v, .keys = c->len_k, .sees = sees,
@@ -159,6 +163,17 @@ static int one_call(int dtype) {
             indices[i * num_k + used[i]++] = (int32_t)n;
         }
     }
+    int64_t mask_rows = below(2) ? c.len_q : 1; /* of all rows alike, or of each */
+    uint8_t *seen = exactly((size_t)(mask_rows * c.len_k));
+    float *bias = exactly(4 * (size_t)(mask_rows * c.len_k));
+    for (int64_t i = 0; i < mask_rows * c.len_k; i++) {
+        seen[i] = below(5) != 0;
+        bias[i] = normal();
+    }
+    c.attn_mask_kind = (int)below(3);
+    c.attn_mask = c.attn_mask_kind == MASK_BOOL ? (void *)seen : bias;
+    c.m_stride[2] = mask_rows > 1 ? c.len_k : 0;
+    c.m_stride[3] = 1;
     c.indices = indices;
     c.counts = used;
     c.mask_ids = ids;
@@ -168,7 +183,8 @@ static int one_call(int dtype) {
         for (int64_t h = 0; h < c.heads; h++)
             for (int64_t row = 0; row < c.len_q; row += 7)
                 if (!(worst_of_row(&c, b, h, row, listed) <= LIMITS[dtype])) failed = 1;
-    void *all[] = {tensors[0], tensors[1], tensors[2], out, c.lse, indices, ids, used, listed, bits};
+    void *all[] = {tensors[0], tensors[1], tensors[2], out,  c.lse, indices,
+                   ids,        used,       listed,     bits, seen,  bias};
     for (size_t i = 0; i < sizeof all / sizeof *all; i++) free(all[i]);
     return failed;
 }
