@@ -76,7 +76,7 @@ def test_setting_one_of_two_alternatives_replaces_the_other():
     [
         ("clear", {"pool": 2, "pool_weights": "1,2"}, "a list of numbers, as in [1, 0.5], or null"),
         ("block-sparse", {"layer_keep": ["a"]}, "a list of numbers, as in [1, 0.5], or null"),
-        ("t3", {"cycle": [1]}, "a list, each of it [frames, height, width] in whole numbers, as in"),
+        ("t3", {"cycle": [1]}, "a list, each of it [frames, height, width] in whole numbers"),
     ],
 )
 def test_lists_are_asked_for_in_plain_words(method, settings, words):

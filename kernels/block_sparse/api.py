@@ -105,7 +105,8 @@ def block_sparse_attention(
     query, key, value = align_dtypes(query, key, value)
     lengths = query.shape[2], key.shape[2]
     blocks = count_blocks(lengths[0], sizes[0]), count_blocks(lengths[1], sizes[1])
-    check_block_mask(block_mask, (query.shape[0], query.shape[1]), blocks, WHERE)
+    leading = query.shape[0], query.shape[1]
+    check_block_mask(block_mask, leading, blocks, sizes, WHERE)
     problem = Problem(
         query=query,
         key=key,

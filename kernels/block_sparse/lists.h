@@ -193,7 +193,8 @@ static void load_bias_lanes(const float *base, const int64_t stride[4], int rows
     int i = 0;
     while (i < count) {
         vf x[VL];
-        int follow = stride[3] == 1 && i + VL <= count && key[i + VL - 1] - key[i] == VL - 1;
+        int follow = stride[3] == 1 && i + VL <= count;
+        for (int n = 1; follow && n < VL; n++) follow = key[i + n] == key[i] + n;
         if (follow) {
             for (int r = 0; r < VL; r++) x[r] = (vf){0};
             for (int r = 0; r < rows; r++) x[r] = *(const vfu *)(base + r * stride[2] + key[i]);

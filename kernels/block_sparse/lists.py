@@ -128,7 +128,11 @@ def check_block_size(block_size: tuple[int, int], where: str) -> tuple[int, int]
 
 
 def check_block_mask(
-    block_mask: Tensor | BlockLists, leading: tuple[int, int], blocks: tuple[int, int], where: str
+    block_mask: Tensor | BlockLists,
+    leading: tuple[int, int],
+    blocks: tuple[int, int],
+    block_size: tuple[int, int],
+    where: str,
 ) -> None:
     """Refuse a block mask or lists that do not fit the call.
 
@@ -136,6 +140,7 @@ def check_block_mask(
         block_mask: What was given.
         leading: Batch and heads.
         blocks: Query blocks and key blocks.
+        block_size: Tokens of a query block and of a key block.
         where: The function that was called, for the message.
 
     Raises:
@@ -154,8 +159,28 @@ def check_block_mask(
         shape, kind = tuple(block_mask.shape), f"{block_mask.dtype} block_mask"
         fits = shape[2:] == blocks and block_mask.dtype == torch.bool
         wanted = f"[.., .., {blocks[0]}, {blocks[1]}], bool"
+    if isinstance(block_mask, BlockLists) and block_mask.mask_ids is not None:
+        _check_masks(block_mask, block_size, where)
     if not fits or any(n not in (1, full) for n, full in zip(shape[:2], leading, strict=True)):
         raise ConfigError(
             f"{where}: expected a block mask {wanted}, with leading sizes 1 or {leading}, got "
             f"{kind} {list(shape)}. Build it with select_blocks and the same block_size."
+        )
+
+
+def _check_masks(lists: BlockLists, block_size: tuple[int, int], where: str) -> None:
+    """Refuse masks of lists that kernels could not read, or not fully."""
+    ids, bits = lists.mask_ids, lists.mask_bits
+    if ids is None or bits is None:
+        return  # one without the other is told with the lists
+    wanted = [block_size[0], count_blocks(block_size[1], 64)]
+    if ids.dtype != torch.int32 or ids.shape != lists.indices.shape:
+        raise ConfigError(
+            f"{where}: expected mask_ids of the lists' shape {list(lists.indices.shape)} in int32, "
+            f"got {list(ids.shape)} in {ids.dtype}. Give one for every index, -1 for whole blocks."
+        )
+    if bits.dtype != torch.int64 or bits.dim() != 3 or list(bits.shape[1:]) != wanted:
+        raise ConfigError(
+            f"{where}: expected mask_bits [n_masks, {wanted[0]}, {wanted[1]}] in int64 for "
+            f"blocks of {block_size}, got {list(bits.shape)} in {bits.dtype}. Make them with pack_mask_bits."
         )

@@ -162,12 +162,14 @@ static void plan_job(Job *job, const Call *c) {
     job->num_q = (c->len_q + c->block_q - 1) / c->block_q;
     job->num_k = (c->len_k + c->block_k - 1) / c->block_k;
     /* fewer rows per item where there would be too few items for the threads */
-    int64_t rows = c->block_q < MAX_ROWS ? c->block_q : MAX_ROWS;
+    int64_t longest = c->block_q < c->len_q ? c->block_q : c->len_q;
+    int64_t rows = longest < MAX_ROWS ? longest : MAX_ROWS;
     int64_t blocks = c->batch * c->heads * job->num_q;
-    while (rows > VL && blocks * ((c->block_q + rows - 1) / rows) < 4 * c->threads && c->threads > 1)
+    if (!blocks) return;
+    while (rows > VL && blocks * ((longest + rows - 1) / rows) < 4 * c->threads && c->threads > 1)
         rows = (rows / 2 + VL - 1) / VL * VL;
     job->rows_per_item = rows;
-    job->chunks_per_block = (c->block_q + rows - 1) / rows;
+    job->chunks_per_block = (longest + rows - 1) / rows;
     job->items = blocks * job->chunks_per_block;
 }
 

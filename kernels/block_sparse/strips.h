@@ -147,7 +147,7 @@ static void load_strip(const Shape *s, Strip *t, const char *const *row, int row
             for (int j = 0; j < VL; j++) t->queries[(d + j) * NV + v] = x[j];
         }
         for (; d < s->depth; d++) {
-            uint32_t *to = (uint32_t *)(t->queries + d * NV + v);
+            word_t *to = (word_t *)(t->queries + d * NV + v);
             for (int j = 0; j < VL; j++) to[j] = j < count ? query_word(s, from[j], d) : 0;
         }
         t->sums[v] = (vf){0};

@@ -22,7 +22,8 @@ NOINLINE void raise_maxima(const Shape *s, Strip *t, const Work *w, const vf *sc
         if (!any_lane(over)) continue;
         vf before = t->maxima[v];
         vf maximum = (vf)((over & (vi)(best * splat(factor))) | (~over & (vi)before));
-        vf shrink = vexp2(before - maximum, 0);
+        vf shrink = vexp2(before - maximum, 0); /* exactly 1 for the other rows: these may be many */
+        shrink = (vf)((over & (vi)shrink) | (~over & (vi)splat(1)));
         t->maxima[v] = maximum;
         t->limits[v] = (maximum + splat(LAZY)) / splat(factor);
         t->sums[v] *= shrink;

@@ -215,6 +215,49 @@ def test_lists_may_be_in_any_order(backend: str) -> None:
 
 
 @needs_native
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_mask_finds_the_keys_of_short_blocks_in_any_order(backend: str) -> None:
+    query, key, value = (torch.randn(1, 1, 32, 8) for _ in range(3))
+    bias = torch.randn(1, 1, 32, 32) * 3
+    order = torch.tensor([0, 2, 1, 3, 7, 5, 6, 4], dtype=torch.int32).view(1, 1, 1, 8)
+    lists = BlockLists(order, torch.full((1, 1, 1), 8, dtype=torch.int32))
+    out = block_sparse_attention(
+        query, key, value, lists, block_size=(32, 4), attn_mask=bias, backend=backend
+    )
+    expected = scaled_dot_product_attention(query, key, value, attn_mask=bias)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_masks_of_lists_that_do_not_fit_are_refused() -> None:
+    x = torch.randn(1, 1, 16, 8)
+    counts = torch.full((1, 1, 1), 2, dtype=torch.int32)
+    indices = torch.tensor([0, 1], dtype=torch.int32).view(1, 1, 1, 2)
+    bits = pack_mask_bits(torch.ones(1, 16, 8, dtype=torch.bool))
+    good = BlockLists(indices, counts, torch.zeros_like(indices), bits)
+    out = block_sparse_attention(x, x, x, good, block_size=(16, 8))
+    torch.testing.assert_close(out, scaled_dot_product_attention(x, x, x))
+    for ids, table in (
+        (indices[..., :1] * 0, bits),
+        (torch.zeros_like(indices).long(), bits),
+        (torch.zeros_like(indices), bits[:, :8]),
+        (torch.zeros_like(indices), bits[..., :0]),
+        (torch.zeros_like(indices), bits.int()),
+    ):
+        wrong = BlockLists(indices, counts, ids, table)
+        with pytest.raises(ConfigError, match=r"expected mask_(ids|bits)"):
+            block_sparse_attention(x, x, x, wrong, block_size=(16, 8))
+
+
+@needs_native
+def test_a_query_block_may_be_longer_than_the_queries() -> None:
+    query, key = torch.randn(1, 1, 100, 8), torch.randn(1, 1, 70, 8)
+    whole = torch.ones(1, 1, 1, 2, dtype=torch.bool)
+    out = block_sparse_attention(
+        query, key, key, whole, block_size=(2**40, 64), backend="native"
+    )  # walking empty rows of the block would take days
+    torch.testing.assert_close(out, scaled_dot_product_attention(query, key, key))
+
+
 @pytest.mark.parametrize(
     ("indices", "counts", "ids"),
     [([7], 1, -1), ([-1], 1, -1), ([0], 2, -1), ([0], -1, -1), ([0], 1, 5)],
