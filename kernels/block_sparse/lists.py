@@ -182,5 +182,6 @@ def _check_masks(lists: BlockLists, block_size: tuple[int, int], where: str) -> 
     if bits.dtype != torch.int64 or bits.dim() != 3 or list(bits.shape[1:]) != wanted:
         raise ConfigError(
             f"{where}: expected mask_bits [n_masks, {wanted[0]}, {wanted[1]}] in int64 for "
-            f"blocks of {block_size}, got {list(bits.shape)} in {bits.dtype}. Make them with pack_mask_bits."
+            f"blocks of {block_size}, got {list(bits.shape)} in {bits.dtype}. "
+            "Make them with pack_mask_bits."
         )
