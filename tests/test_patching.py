@@ -113,9 +113,14 @@ def test_the_order_of_patching_and_of_another_change_does_not_matter(inputs, cha
 
 
 def test_a_lora_on_the_strided_convolution_equals_its_merged_weights(inputs):
-    model = make_sd15_unet()
+    """In float64: in float32 the two round differently, and the network makes that larger."""
+    inputs = {
+        name: x.double() if torch.is_tensor(x) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    model = make_sd15_unet().double()
     add_lora(model)
-    merged = make_sd15_unet()
+    merged = make_sd15_unet().double()
     add_lora(merged)
     for module in merged.modules():
         if hasattr(module, "merge") and hasattr(module, "lora_A"):
@@ -125,7 +130,7 @@ def test_a_lora_on_the_strided_convolution_equals_its_merged_weights(inputs):
         with retrofit.patch(network, "hidiffusion", **HIDIFFUSION) as patch:
             patch.at_step(0, 10)
             outputs.append(run(network, inputs))
-    torch.testing.assert_close(*outputs, atol=2e-5, rtol=1e-4)
+    torch.testing.assert_close(*outputs, atol=1e-10, rtol=1e-10)
 
 
 def test_deleting_a_lora_under_a_patch_gives_the_patched_base(inputs):
