@@ -180,13 +180,6 @@ static int find_seen(const Job *job, const Item *item, int64_t row, int rows, co
     return 1;
 }
 
-/* In the scale of exp2. The lowest finite value must not become -inf: a row of it is a plain mean. */
-INLINE vf scale_bias(vf raw) {
-    vf scaled = raw * splat(LOG2E), lowest = splat(-2e38f);
-    vi is_low = (scaled < lowest) & (raw > splat(-INFINITY));
-    return (vf)((is_low & (vi)lowest) | (~is_low & (vi)scaled));
-}
-
 /* The float mask of some keys for VL rows, of which `rows` exist; rows of it become lanes. */
 static void load_bias_lanes(const float *base, const int64_t stride[4], int rows, const int32_t *key,
                             int count, vf *bias) {

@@ -39,18 +39,12 @@ static int locate_item(const Job *job, int64_t index, Item *item) {
     return item->rows > 0;
 }
 
-static void find_queries(const Job *job, const Item *item, const char **row) {
-    const Call *c = job->call;
-    int64_t size = element_size(c->dtype), at = item->b * c->q_stride[0] + item->h * c->q_stride[1];
-    const char *from = (const char *)c->query + at * size;
-    for (int64_t r = 0; r < item->rows; r++) row[r] = from + (item->row + r) * c->q_stride[2] * size;
-}
-
-static void find_outputs(const Job *job, const Item *item, char **row) {
-    const Call *c = job->call;
-    int64_t size = element_size(c->dtype), at = item->b * c->o_stride[0] + item->h * c->o_stride[1];
-    char *to = (char *)c->out + at * size;
-    for (int64_t r = 0; r < item->rows; r++) row[r] = to + (item->row + r) * c->o_stride[2] * size;
+/* Rows of a tensor with query heads. */
+static void find_item_rows(const Job *job, const Item *item, const void *base, const int64_t stride[3],
+                      const char **row) {
+    int64_t size = element_size(job->call->dtype), head = item->b * stride[0] + item->h * stride[1];
+    for (int64_t r = 0; r < item->rows; r++)
+        row[r] = (const char *)base + (head + (item->row + r) * stride[2]) * size;
 }
 
 INLINE int rows_from(const Item *item, int64_t first) {
@@ -103,18 +97,19 @@ static void plan_next_item(const Job *job, const Item *item, Scratch *s, int64_t
 }
 
 static void attend_item(Job *job, Scratch *s, const Item *item, int64_t likely) {
+    const Call *c = job->call;
     Walk walk = start_walk(job, item, item->block, item->row + item->rows - 1);
     Batch batches[2];
     next_batch(job, item, &walk, &batches[0]);
-    find_queries(job, item, s->query);
-    find_outputs(job, item, s->out);
+    find_item_rows(job, item, c->query, c->q_stride, s->query);
+    find_item_rows(job, item, c->out, c->o_stride, (const char **)s->out);
     for (int64_t r = 0; r < item->rows; r += LANES)
         load_strip(&job->shape, &s->strips[r / LANES], s->query + r, rows_from(item, r));
     s->next.rows = s->first.rows.count = 0;
     if (likely < job->items && locate_item(job, likely, &s->next)) {
         Walk other = start_walk(job, &s->next, s->next.block, s->next.row + s->next.rows - 1);
         next_batch(job, &s->next, &other, &s->first);
-        find_queries(job, &s->next, s->next_query);
+        find_item_rows(job, &s->next, c->query, c->q_stride, s->next_query);
     }
     for (int n = 0; batches[n].rows.count; n = !n) {
         Batch *next = &batches[!n];

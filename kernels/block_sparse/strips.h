@@ -181,6 +181,14 @@ static void store_strip(const Shape *s, const Strip *t, char *const *row, float 
     }
 }
 
+/* A mask of floats in the scale of exp2. The lowest finite value must not become -inf: a row of it is
+ * a plain mean. */
+INLINE vf scale_bias(vf raw) {
+    vf scaled = raw * splat(LOG2E), lowest = splat(-2e38f);
+    vi is_low = (scaled < lowest) & (raw > splat(-INFINITY));
+    return (vf)((is_low & (vi)lowest) | (~is_low & (vi)scaled));
+}
+
 /* ---- keys and values --------------------------------------------------------------------------- */
 
 INLINE void copy_row(const char *from, int64_t count, float *to, const int dtype) {

@@ -9,25 +9,15 @@
 
 /* ---- one work item: some rows of a tile, all query heads of one key head ---------------------- */
 
-static void find_window_queries(const WindowCall *c, const WindowItem *item, const WindowRows *rows,
-                         const char **row) {
+/* Rows of a tensor with query heads, [heads of a key head, rows]. */
+static void find_head_rows(const WindowCall *c, const WindowItem *item, const WindowRows *rows,
+                           const void *base, const int64_t stride[3], const char **row) {
     int64_t size = element_size(c->dtype), group = c->heads / c->kv_heads;
     for (int64_t h = 0; h < group; h++) {
-        const char *from = (const char *)c->query +
-            (item->batch * c->q_stride[0] + (item->kv_head * group + h) * c->q_stride[1]) * size;
+        int64_t head = item->batch * stride[0] + (item->kv_head * group + h) * stride[1];
         for (int32_t r = 0; r < item->rows; r++)
-            row[h * c->rows_per_item + r] = from + rows->position[r] * c->q_stride[2] * size;
-    }
-}
-
-static void find_window_outputs(const WindowCall *c, const WindowItem *item, const WindowRows *rows,
-                                char **row) {
-    int64_t size = element_size(c->dtype), group = c->heads / c->kv_heads;
-    for (int64_t h = 0; h < group; h++) {
-        char *to = (char *)c->out +
-            (item->batch * c->o_stride[0] + (item->kv_head * group + h) * c->o_stride[1]) * size;
-        for (int32_t r = 0; r < item->rows; r++)
-            row[h * c->rows_per_item + r] = to + rows->position[r] * c->o_stride[2] * size;
+            row[h * c->rows_per_item + r] =
+                (const char *)base + (head + rows->position[r] * stride[2]) * size;
     }
 }
 
@@ -53,10 +43,8 @@ static void save_rows(const WindowJob *w, const WindowItem *item, const WindowSc
 static void load_key_bias(const float *bias, const int64_t stride, const int32_t *position, int count,
                           vf *to) {
     for (int i = 0; i < count + MR; i++) { /* keys that fill a tile have one too */
-        float raw = i < count ? bias[position[i] * stride] : 0, scaled = raw * LOG2E;
-        /* the lowest finite value must not become -inf: a row of it is a plain mean */
-        if (scaled < -2e38f && raw > -INFINITY) scaled = -2e38f;
-        for (int v = 0; v < NV; v++) to[i * NV + v] = splat(scaled);
+        vf scaled = scale_bias(splat(i < count ? bias[position[i] * stride] : 0));
+        for (int v = 0; v < NV; v++) to[i * NV + v] = scaled;
     }
 }
 
@@ -117,8 +105,8 @@ static void attend_window_item(const WindowJob *w, const WindowItem *item, Windo
     find_rows(c, item, &s->rows);
     find_words(w, item, s);
     find_keys(c, item, 0, &keys[0]);
-    find_window_queries(c, item, &s->rows, s->query);
-    find_window_outputs(c, item, &s->rows, s->out);
+    find_head_rows(c, item, &s->rows, c->query, c->q_stride, s->query);
+    find_head_rows(c, item, &s->rows, c->out, c->o_stride, (const char **)s->out);
     for (int64_t h = 0; h < group; h++)
         for (int first = 0; first < item->rows; first += LANES)
             load_strip(&w->shape, &s->strips[h * w->strips + first / LANES],
@@ -127,7 +115,7 @@ static void attend_window_item(const WindowJob *w, const WindowItem *item, Windo
     if (likely < w->items && locate_window(w, likely, &s->next)) {
         find_rows(c, &s->next, &s->next_rows);
         find_keys(c, &s->next, 0, &s->first);
-        find_window_queries(c, &s->next, &s->next_rows, s->next_query);
+        find_head_rows(c, &s->next, &s->next_rows, c->query, c->q_stride, s->next_query);
     }
     for (int64_t key = 0, n = 0; key < total; key += KEYS, n = !n) {
         const Rows *next = &keys[!n].rows;
