@@ -88,6 +88,7 @@ def make_request(
 
     record = read_record(like)
     request = Request.from_dict(record.get("request") or {}, f"--like {like}")
+    _name_what_is_fetched(request, given | ({"model": model} if model else {}), like)
     place = int(record.get("place", 0))
     if len(prompts) > 1 or num_images > 1:
         raise InputError("--like: makes one picture. Give one --prompt at most, and no -n.")
@@ -106,6 +107,19 @@ def make_request(
     request.check_files()
     _note_other_versions(record, like)
     return request, place, None if model else record
+
+
+def _name_what_is_fetched(request: Request, given: dict[str, Any], like: Path) -> None:
+    """Name what a picture asks for and this machine's disk does not have, before it is fetched."""
+    from retrofit.checkpoint.bundled import BUNDLED
+
+    named = [("model", "model", None if request.model in BUNDLED else request.model)]
+    for field in ("config", "controlnet", "ip_adapter"):
+        named.append((field, f"--{field.replace('_', '-')}", getattr(request, field)))
+    named += [("loras", "--lora", path) for path, _ in request.loras]
+    for field, what, source in named:
+        if source and field not in given and not Path(source).expanduser().exists():
+            say(f"note: {like} names {what} {source}, which is not on this disk: asking the hub")
 
 
 def _note_other_versions(record: dict[str, Any], like: Path) -> None:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,6 +16,7 @@ from retrofit.errors import ConfigError, InputError, NotFoundError
 Offload = Literal["none", "model", "sequential"]
 SEED_LIMIT = 2**63
 PICTURES_IN = ("image", "mask", "control_image", "ip_image")
+UNRECORDED = "trust_remote_code"  # permission to run code is the user's, never a file's
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +106,8 @@ class Request:
         offload: Whether networks wait on the CPU (`model`), or even their layers (`sequential`).
         vae_tiling: Whether pictures are decoded in tiles.
         threads: Of the CPU; sums come out differently with another number.
+        trust_remote_code: Whether code that comes with the checkpoint may run; neither written into
+            a picture nor read from one.
     """
 
     model: str
@@ -135,7 +138,7 @@ class Request:
     offload: Offload = "none"
     vae_tiling: bool = False
     threads: int | None = None
-    trust_remote_code: bool = field(default=False)
+    trust_remote_code: bool = False
 
     def check(self) -> None:
         """Look for mistakes that show without the checkpoint.
@@ -159,15 +162,17 @@ class Request:
     def to_dict(self) -> dict[str, Any]:
         """As plain data: what a PNG holds."""
         data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        del data[UNRECORDED]
         return data
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], where: str) -> Request:
-        """From plain data.
+        """From plain data; whether it trusts remote code is dropped.
 
         Raises:
             InputError: If it is not what `to_dict` gives.
         """
+        data = {key: value for key, value in data.items() if key != UNRECORDED}
         known = {item.name for item in dataclasses.fields(cls)}
         try:
             values = {key: data[key] for key in data if key in known}

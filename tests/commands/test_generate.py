@@ -110,6 +110,43 @@ def test_like_makes_the_same_pixels_in_a_fresh_process(generate, tmp_path, more)
     assert read_record(first)["request"] == read_record(tmp_path / "again.png")["request"]
 
 
+def rewrite_record(source, target, **changes):
+    """A copy of a picture whose record asks for something else."""
+    from PIL.PngImagePlugin import PngInfo
+
+    record = read_record(source)
+    record["request"] |= changes
+    info = PngInfo()
+    info.add_itxt(KEY, json.dumps(record))
+    with Image.open(source) as picture:
+        picture.save(target, pnginfo=info)
+    return target
+
+
+def test_a_picture_can_not_allow_code_to_run(generate, copy_of, pipeline, run_command, tmp_path):
+    generate(*QUICK, "-o", tmp_path / "a.png")
+    assert "trust_remote_code" not in read_record(tmp_path / "a.png")["request"]
+    planted, ran = copy_of(pipeline), tmp_path / "ran"
+    index = json.loads((planted / "model_index.json").read_text())
+    index["scheduler"] = ["planted", "Planted"]
+    (planted / "model_index.json").write_text(json.dumps(index))
+    code = f"open({str(ran)!r}, 'w').close()\nfrom diffusers import DDIMScheduler as Planted\n"
+    (planted / "scheduler" / "planted.py").write_text(code)
+    changed = {"model": str(planted), "trust_remote_code": True}
+    rewrite_record(tmp_path / "a.png", tmp_path / "b.png", **changed)
+    answer = run_command("generate", "--like", tmp_path / "b.png", "-o", tmp_path / "c.png")
+    assert not ran.exists()
+    assert answer.code == 2, answer.err
+    assert not (tmp_path / "c.png").exists()
+
+
+def test_what_a_picture_names_is_said_before_it_is_fetched(generate, run_command, tmp_path):
+    generate(*QUICK, "-o", tmp_path / "a.png")
+    rewrite_record(tmp_path / "a.png", tmp_path / "b.png", model="somebody/something")
+    answer = run_command("generate", "--like", tmp_path / "b.png", "-o", tmp_path / "c.png")
+    assert "names model somebody/something, which is not on this disk" in answer.err
+
+
 def test_like_takes_changes(generate, run_command, tmp_path):
     generate(*QUICK, "--seed", "3", "-o", tmp_path / "a.png")
     answer = run_command(
