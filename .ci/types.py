@@ -1,4 +1,4 @@
-"""Type-check the package as installed: link the package map of pyproject.toml into one tree."""
+"""Check types and imports of the package as installed: its package map linked into one tree."""
 
 import os
 import shutil
@@ -46,8 +46,27 @@ def main() -> int:
 
 
 def check() -> int:
-    """Rebuild the tree and run mypy on it."""
+    """Rebuild the tree, run mypy on it, and hold its imports against the contracts."""
     link_package_map()
+    return check_types() or (0 if sys.argv[1:] else check_imports())
+
+
+def check_imports() -> int:
+    """Run import-linter with the contracts of pyproject.toml."""
+    command = [str(Path(sys.executable).parent / "lint-imports"), str(ROOT / "pyproject.toml")]
+    environment = {**os.environ, "PYTHONPATH": str(TREE)}
+    done = subprocess.run(
+        [*command, "--no-logo", "--cache-dir", str(ROOT / ".build" / "imports")],
+        cwd=TREE, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    print(
+        done.stdout.strip().splitlines()[-1] if done.returncode == 0 else done.stdout + done.stderr
+    )
+    return done.returncode
+
+
+def check_types() -> int:
+    """Run mypy."""
     command = [sys.executable, "-m", "mypy", "--cache-dir", str(ROOT / ".mypy_cache")]
     arguments = sys.argv[1:] or ["-p", "retrofit"]
     environment = {**os.environ, "MYPYPATH": str(TREE)}

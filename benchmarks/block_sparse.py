@@ -18,11 +18,11 @@ import torch
 from benchmarks import common
 from benchmarks.peers import BLOCK_PEERS, BlockProblem, Missing, block_peers
 from benchmarks.tables import print_missing, print_rows
-from retrofit.bench.attention import Attention, Shape
-from retrofit.bench.checking import ROUNDED_SCORES
-from retrofit.bench.lines import Line, time_routes
-from retrofit.bench.patterns import block_sparse_route, draw_block_mask
 from retrofit.kernels import backends
+from retrofit.profiling.bench.attention import Attention, Shape
+from retrofit.profiling.bench.checking import ROUNDED_SCORES
+from retrofit.profiling.bench.lines import Line, time_routes
+from retrofit.profiling.bench.patterns import block_sparse_route, draw_block_mask
 
 AGAINST = {
     "cpu": "sdpa,flex,gather,row_loop",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from retrofit.bench.attention import Attention
-from retrofit.bench.patterns import block_sparse_route
-from retrofit.timing import Contender, Race, Spread
+from retrofit.profiling.bench.attention import Attention
+from retrofit.profiling.bench.patterns import block_sparse_route
+from retrofit.runtime.timing import Contender, Race, Spread
 
 TIES = 1e-3  # fraction of the blocks that rounding may exchange for others of equal score
 

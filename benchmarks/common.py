@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from benchmarks.peers import Missing
-from retrofit.bench.lines import Line
-from retrofit.timing import library_versions, load_average, pin_to_one_core, processor_name
+from retrofit.profiling.bench.lines import Line
+from retrofit.runtime.timing import load_average, pin_to_one_core, processor_name
+from retrofit.runtime.versions import library_versions
 
 Reader = Callable[[str], Any]
 Clock = Callable[[], float]

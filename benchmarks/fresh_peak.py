@@ -20,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.checkpoint import find_checkpoint
-from retrofit.checkpoint.opening import load_networks
-from retrofit.child_process import run_child
+from retrofit.checkpoints import find_checkpoint
+from retrofit.checkpoints.opening import load_networks
 from retrofit.families.examples import InputSize
-from retrofit.networks import FoundNetwork, find_networks
-from retrofit.patching import patch
+from retrofit.patching.networks import FoundNetwork, find_networks
+from retrofit.patching.patch import patch
+from retrofit.runtime.child_process import run_child
 
 ROOT = Path(__file__).parent.parent
 Inputs = dict[str, Any]

@@ -14,8 +14,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import flex
 from benchmarks.peers import Missing, import_failure
-from retrofit.bench.attention import Attention, Route
-from retrofit.bench.patterns import Size
+from retrofit.profiling.bench.attention import Attention, Route
+from retrofit.profiling.bench.patterns import Size
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,9 @@ import torch
 
 from benchmarks import common
 from benchmarks.choosing import TIES, attend, choose_slowly, disagreement, share_of
-from retrofit.bench.attention import Attention, Shape
 from retrofit.kernels import select_blocks
-from retrofit.timing import Contender, Race, Spread, race
+from retrofit.profiling.bench.attention import Attention, Shape
+from retrofit.runtime.timing import Contender, Race, Spread, race
 
 BLOCK_SIZE = (128, 64)
 

@@ -20,13 +20,13 @@ from benchmarks import common
 from benchmarks.grid_peers import GridProblem, flex_on_grid, rearranged
 from benchmarks.peers import Missing
 from benchmarks.tables import print_missing, print_rows
-from retrofit.bench.attention import Attention, Route, Shape
-from retrofit.bench.checking import boxes, inward_window, visible_blocks
-from retrofit.bench.lines import Line, time_routes
-from retrofit.bench.patterns import Size, boxes_route, inward_route, t3_route
-from retrofit.grid import TokenGrid
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_blocks
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
+from retrofit.profiling.bench.attention import Attention, Route, Shape
+from retrofit.profiling.bench.checking import boxes, inward_window, visible_blocks
+from retrofit.profiling.bench.lines import Line, time_routes
+from retrofit.profiling.bench.patterns import Size, boxes_route, inward_route, t3_route
 
 CYCLE = ((21, 1, 1), (1, 17, 30), (1, 8, 40), (3, 17, 8), (7, 8, 6))
 VIEW_KEEPS = (0.25, 0.1)

@@ -20,11 +20,11 @@ from torch import nn
 
 from benchmarks import common
 from benchmarks.peers import Missing, import_failure
-from retrofit.compare.metrics import output_tensor
+from retrofit.evaluate.metrics import output_tensor
 from retrofit.methods import METHODS
-from retrofit.patching import patch
-from retrofit.recipe import Recipe
-from retrofit.timing import Contender, Race, Spread, race
+from retrofit.patching.patch import patch
+from retrofit.patching.recipe import Recipe
+from retrofit.runtime.timing import Contender, Race, Spread, race
 
 TEXT_TOKENS = {"sd15": 77, "wan": 512}
 STEPS = 20

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import flex
-from retrofit.bench.attention import Attention, Route
-from retrofit.bench.checking import ROUNDED_SCORES
-from retrofit.bench.patterns import block_sparse_route
+from retrofit.profiling.bench.attention import Attention, Route
+from retrofit.profiling.bench.checking import ROUNDED_SCORES
+from retrofit.profiling.bench.patterns import block_sparse_route
 
 LOW_PRECISION = 3e-2  # int8 products
 WORKSPACE = 128 * 2**20  # bytes that FlashInfer asks for

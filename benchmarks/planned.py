@@ -20,11 +20,11 @@ from torch import nn
 
 from benchmarks import models
 from benchmarks.fresh_peak import fresh_peak, open_network, patched
-from retrofit.checkpoint import find_checkpoint
-from retrofit.cost.plan import Plan, Request, plan_checkpoint
+from retrofit.checkpoints import find_checkpoint
 from retrofit.families.examples import InputSize
-from retrofit.inspection import AskedSize
-from retrofit.timing import Spread
+from retrofit.profiling.cost.plan import Plan, Request, plan_checkpoint
+from retrofit.profiling.inspection import AskedSize
+from retrofit.runtime.timing import Spread
 
 DENSE = "dense"
 Variant = tuple[str | None, Mapping[str, Any]]  # a method, None for none, and its settings

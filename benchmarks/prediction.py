@@ -20,15 +20,15 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import common, planned, quick, windows
-from retrofit.bench.attention import Attention, Shape
-from retrofit.cost.network_plan import cost_of
-from retrofit.cost.rates import measure_rates
-from retrofit.cost.trace import Trace, tracing
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite
 from retrofit.methods.block_sparse import BlockSparseConfig
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite
-from retrofit.timing import Contender, Race, Spread, load_average, race
+from retrofit.methods.run_state import RunState
+from retrofit.profiling.bench.attention import Attention, Shape
+from retrofit.profiling.cost.network_plan import cost_of
+from retrofit.profiling.cost.rates import measure_rates
+from retrofit.profiling.cost.trace import Trace, tracing
+from retrofit.runtime.timing import Contender, Race, Spread, load_average, race
 
 CLOSE = 0.25
 ROUNDS = 5

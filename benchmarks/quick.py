@@ -21,11 +21,11 @@ from benchmarks import common
 from benchmarks.choosing import TIES, attend, choose_slowly, disagreement, share_of
 from benchmarks.first_calls import time_first_calls
 from benchmarks.goals import C1, C2, C4, C7, C8, C9, FIRST_LIMIT, SHARE_LIMIT, Goal
-from retrofit.bench.attention import Attention, Shape
-from retrofit.bench.lines import Line, time_routes
-from retrofit.bench.patterns import block_sparse_route, draw_block_mask, inward_route
 from retrofit.kernels import backends, select_blocks
-from retrofit.timing import Contender, Race, Spread, load_average, race
+from retrofit.profiling.bench.attention import Attention, Shape
+from retrofit.profiling.bench.lines import Line, time_routes
+from retrofit.profiling.bench.patterns import block_sparse_route, draw_block_mask, inward_route
+from retrofit.runtime.timing import Contender, Race, Spread, load_average, race
 
 SEQ_LEN = 8192
 HEADS = 2

@@ -21,7 +21,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import common
 from retrofit.kernels import block_sparse_attention
 from retrofit.kernels._native import load_library
-from retrofit.timing import Contender, Spread, race
+from retrofit.runtime.timing import Contender, Spread, race
 
 SOURCE = Path(__file__).parent / "roof.c"
 ROUNDS = 5_000_000  # of the loop: a quarter of a second

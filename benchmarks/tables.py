@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from benchmarks.peers import Missing
-from retrofit.bench.lines import Line
+from retrofit.profiling.bench.lines import Line
 
 HEADER = (
     f"{'case':<26} {'route':<16} {'dtype':<9} {'tokens':>7} {'D':>4} {'kept':>6} {'ms':>9} "

@@ -18,10 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import common
 from retrofit.architectures.vggt import VGGT
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
-from retrofit.patching import patch
-from retrofit.timing import Contender, Race, load_average, race
+from retrofit.patching.patch import patch
+from retrofit.runtime.timing import Contender, Race, load_average, race
 
 KEEPS = (0.5, 0.25)
 HEAD_DIM = 64

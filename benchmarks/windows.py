@@ -17,10 +17,10 @@ from benchmarks import common
 from benchmarks.grid_peers import GridProblem, flex_on_grid, natten_on_grid, rearranged
 from benchmarks.peers import Missing
 from benchmarks.tables import print_missing, print_rows
-from retrofit.bench.attention import Attention, Route, Shape
-from retrofit.bench.checking import boxes, inward_window
-from retrofit.bench.lines import Line, time_routes
-from retrofit.bench.patterns import Size, boxes_route, inward_route, t3_route
+from retrofit.profiling.bench.attention import Attention, Route, Shape
+from retrofit.profiling.bench.checking import boxes, inward_window
+from retrofit.profiling.bench.lines import Line, time_routes
+from retrofit.profiling.bench.patterns import Size, boxes_route, inward_route, t3_route
 
 PEERS = ("flex", "natten", "rearrange")
 

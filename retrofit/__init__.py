@@ -9,24 +9,27 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from retrofit.checkpoint.loading import load, patch_of
-    from retrofit.checkpoint.saving import save, unpatch
-    from retrofit.patching import Patch, patch
-    from retrofit.recipe import Recipe
+from retrofit.runtime import versions as _versions
 
-__version__ = "0.1.0"
+__version__ = _versions.VERSION
+
+if TYPE_CHECKING:
+    from retrofit.artifact.loading import load, patch_of
+    from retrofit.artifact.saving import save, unpatch
+    from retrofit.patching.patch import Patch, patch
+    from retrofit.patching.recipe import Recipe
+
 
 __all__ = ["Patch", "Recipe", "load", "patch", "patch_of", "save", "unpatch"]
 
 _HOME = {
-    "Patch": "patching",
-    "Recipe": "recipe",
-    "load": "checkpoint.loading",
-    "patch": "patching",
-    "patch_of": "checkpoint.loading",
-    "save": "checkpoint.saving",
-    "unpatch": "checkpoint.saving",
+    "Patch": "patching.patch",
+    "Recipe": "patching.recipe",
+    "load": "artifact.loading",
+    "patch": "patching.patch",
+    "patch_of": "artifact.loading",
+    "save": "artifact.saving",
+    "unpatch": "artifact.saving",
 }
 
 

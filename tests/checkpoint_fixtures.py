@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from retrofit.checkpoint import PARTIAL
-from retrofit.checkpoint.manifest import MANIFEST, Manifest, _digest
+from retrofit.checkpoints import PARTIAL
+from retrofit.checkpoints.manifest import MANIFEST, Manifest, _digest
 from retrofit.commands import run
 from tests import tiny_pipelines
 

@@ -15,17 +15,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Level, Network
 from retrofit.methods import Method
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.methods.clear import ClearConfig
 from retrofit.methods.freeswim import FreeSwimConfig
 from retrofit.methods.hidiffusion import HiDiffusionConfig
 from retrofit.methods.neighborhood import NeighborhoodConfig
+from retrofit.methods.run_state import RunState
 from retrofit.methods.t3 import T3Config, plan_counts
 from retrofit.methods.window import WindowConfig
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, Level, Network
 
 TEXT, PICTURE, VIDEO = ("bert-padded", "minilm"), ("vit", "dinov2-registers"), ("wan-t2v",)
 UNETS = ("sd15", "sdxl")

@@ -12,9 +12,9 @@ import typer.main
 import retrofit
 from retrofit.commands import VERBS, app
 from retrofit.families import FAMILIES
-from retrofit.inspection import _why_not
 from retrofit.methods import METHODS
-from retrofit.networks import find_networks
+from retrofit.patching.networks import find_networks
+from retrofit.profiling.inspection import _why_not
 from tests.architectures.small_networks import small_pi3, small_vggt
 from tests.tiny_models import FAMILY_MODELS
 

@@ -25,14 +25,14 @@ from examples.demo.minilm import compare_minilm, find_minilm
 from examples.demo.pictures import RECIPE, make_rows
 from examples.demo.round_trip import PATCHED, RESTORED, run_round_trip
 from retrofit.commands.console import print_table
-from retrofit.compare.pictures import PictureRow
-from retrofit.compare.plot import plot
-from retrofit.compare.report import to_dict, verdict
-from retrofit.compare.result import Comparison
-from retrofit.compare.sheet import draw_sheet
-from retrofit.compare.sheet import table as picture_table
-from retrofit.compare.tables import table
-from retrofit.errors import RetrofitError
+from retrofit.evaluate.pictures import PictureRow
+from retrofit.evaluate.plot import plot
+from retrofit.evaluate.report import to_dict, verdict
+from retrofit.evaluate.result import Comparison
+from retrofit.evaluate.sheet import draw_sheet
+from retrofit.evaluate.sheet import table as picture_table
+from retrofit.evaluate.tables import table
+from retrofit.runtime.errors import RetrofitError
 
 EVERY = 10  # documents between two lines of progress
 

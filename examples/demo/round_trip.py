@@ -9,7 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from retrofit.errors import RetrofitError
+from retrofit.runtime.errors import RetrofitError
 
 PATCHED = "minilm-block-sparse"
 RESTORED = "minilm-again"

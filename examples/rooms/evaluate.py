@@ -22,11 +22,11 @@ from render import render_views
 from train import HELD_OUT, SIZE
 
 from retrofit.architectures.vggt import VGGT
-from retrofit.compare.geometry import true_rotations
-from retrofit.compare.truth import TRUTH_METRICS, SceneErrors, TrueScene
-from retrofit.compare.views import DENSE, ViewRow, measure_variant
+from retrofit.evaluate.geometry import true_rotations
+from retrofit.evaluate.truth import TRUTH_METRICS, SceneErrors, TrueScene
+from retrofit.evaluate.views import DENSE, ViewRow, measure_variant
 from retrofit.methods.block_sparse import BlockSparseConfig
-from retrofit.recipe import Recipe, shipped_recipes
+from retrofit.patching.recipe import Recipe, shipped_recipes
 
 MODEL = Path(__file__).resolve().parent / "model"
 COLUMNS = tuple(metric.name for metric in TRUTH_METRICS)

@@ -30,7 +30,7 @@ from torch.overrides import TorchFunctionMode
 
 from retrofit.architectures.cameras import decode_pose, encode_pose, unproject_depth
 from retrofit.architectures.vggt import VGGT
-from retrofit.compare.geometry import absolute_relative_error, pose_errors, true_rotations
+from retrofit.evaluate.geometry import absolute_relative_error, pose_errors, true_rotations
 
 LOG = logging.getLogger("rooms")
 SIZE = 64  # pixels

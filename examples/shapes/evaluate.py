@@ -20,7 +20,7 @@ from diffusers import StableDiffusionPipeline
 from draw import COLORS, SHAPES, TEXTURES, TONES, contact_sheet
 from networks import SIZE
 
-from retrofit.compare.judging import wilson_interval
+from retrofit.evaluate.judging import wilson_interval
 
 HERE = Path(__file__).parent
 

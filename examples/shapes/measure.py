@@ -25,7 +25,7 @@ from evaluate import HERE, fixed_prompts
 from PIL import Image, ImageDraw
 
 import retrofit
-from retrofit.compare.judging import wilson_interval
+from retrofit.evaluate.judging import wilson_interval
 
 SETUPS: dict[str, dict[str, Any] | None] = {
     "unpatched": None,

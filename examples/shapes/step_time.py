@@ -22,9 +22,9 @@ from diffusers import UNet2DConditionModel
 from torch.utils.flop_counter import FlopCounterMode
 
 import retrofit
-from retrofit.compare.measure import describe_machine
-from retrofit.recipe import Recipe, shipped_recipes
-from retrofit.timing import LONG, load_average
+from retrofit.evaluate.measure import describe_machine
+from retrofit.patching.recipe import Recipe, shipped_recipes
+from retrofit.runtime.timing import LONG, load_average
 
 STEPS = 50
 SMALL, MODEL = "shapes", Path(__file__).parent / "model" / "unet"

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.errors import RetrofitError
 from retrofit.kernels._native import load_library
 from retrofit.kernels.block_sparse.native import DTYPES
+from retrofit.runtime.errors import RetrofitError
 
 SOURCE = Path(__file__).parent / "native.c"
 RULES = {"drop": 0, "keep": 1, "keep-strict": 2}

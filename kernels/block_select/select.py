@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from retrofit.errors import ConfigError
 from retrofit.kernels.block_select.backends import backend_for
 from retrofit.kernels.block_select.native import (
     pool_natively,
@@ -17,6 +16,7 @@ from retrofit.kernels.block_select.native import (
 )
 from retrofit.kernels.block_select.triton_route import MAX_COLUMNS, select_by_triton
 from retrofit.kernels.block_sparse.lists import check_block_size
+from retrofit.runtime.errors import ConfigError
 
 Pooling = Literal["avg", "max"]
 Crossing = Literal["drop", "keep", "keep-strict"]

@@ -7,7 +7,6 @@ from typing import Literal, overload
 import torch
 from torch import Tensor
 
-from retrofit.errors import ConfigError
 from retrofit.kernels._dispatch import forced_backend
 from retrofit.kernels.block_sparse.backends import OPERATOR
 from retrofit.kernels.block_sparse.lists import (
@@ -19,6 +18,7 @@ from retrofit.kernels.block_sparse.lists import (
 from retrofit.kernels.block_sparse.ops import block_sparse_op, pack_blocks
 from retrofit.kernels.block_sparse.plain import Problem, attend_plain, new_results
 from retrofit.kernels.block_sparse.reference import attend_reference
+from retrofit.runtime.errors import ConfigError
 
 WHERE = OPERATOR
 

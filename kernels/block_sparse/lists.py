@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retrofit.errors import ConfigError
+from retrofit.runtime.errors import ConfigError
 
 WORD_BITS = 64
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from retrofit.errors import ConfigError, RetrofitError
 from retrofit.kernels._native import load_library
 from retrofit.kernels.block_sparse.lists import BlockLists
 from retrofit.kernels.block_sparse.plain import Problem
+from retrofit.runtime.errors import ConfigError, RetrofitError
 
 SOURCE = Path(__file__).parent / "native.c"
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

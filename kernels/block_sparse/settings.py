@@ -8,9 +8,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from retrofit.errors import UnsupportedError
 from retrofit.kernels._triton import pad_dim
 from retrofit.kernels._triton_launch import Launch
+from retrofit.runtime.errors import UnsupportedError
 
 TABLE = Path(__file__).parent / "settings.json"
 MAX_SPLITS = 16

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.errors import ConfigError, GridError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.runtime.errors import ConfigError, GridError
 
 Size = tuple[int, int, int]
 AXIS_NAMES = ("frames", "height", "width")

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retrofit.errors import UnsupportedError
 from retrofit.kernels._dispatch import OPERATORS, Probe, Support, choose_backend, forced_backend
 from retrofit.kernels._triton import triton_supports
+from retrofit.runtime.errors import UnsupportedError
 
 from .axes import WindowAxis
 from .native import native_attention, native_supports

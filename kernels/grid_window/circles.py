@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from retrofit.errors import ConfigError
-from retrofit.grid import TokenGrid, split_positions
+from retrofit.layout.grid import TokenGrid, split_positions
+from retrofit.runtime.errors import ConfigError
 
 
 def circular_mask(

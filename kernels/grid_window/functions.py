@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retrofit.grid import TokenGrid
 from retrofit.kernels._dispatch import forced_backend
+from retrofit.layout.grid import TokenGrid
 
 from .arguments import (
     align_dtypes,

@@ -12,8 +12,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrofit.errors import RetrofitError
 from retrofit.kernels._native import load_library
+from retrofit.runtime.errors import RetrofitError
 
 from .axes import AxisTables, WindowAxis
 from .pattern import Pattern

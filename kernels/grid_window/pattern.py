@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 
 from .arguments import Size
 from .axes import Axis, AxisTables, NeighborhoodAxis, WindowAxis

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 
 from .arguments import Size
 from .axes import AxisTables

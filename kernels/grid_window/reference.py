@@ -8,8 +8,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retrofit.grid import TokenGrid, split_positions
 from retrofit.kernels.block_sparse.plain import softmax_and_lse
+from retrofit.layout.grid import TokenGrid, split_positions
 
 from .arguments import as_grid, check_neighborhood, check_window
 

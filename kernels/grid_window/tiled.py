@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 
 from .axes import AxisTables
 from .positions import Chunk, build_chunk, special_token_positions, tile_size

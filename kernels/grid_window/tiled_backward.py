@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 
 from .axes import AxisTables
 from .tiled import (

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from retrofit.errors import ConfigError
 from retrofit.kernels.block_sparse.plain import softmax_and_lse
+from retrofit.runtime.errors import ConfigError
 
 __all__ = ["merge_attention"]
 

@@ -20,7 +20,7 @@ from retrofit.architectures.patch_embed import (
 )
 from retrofit.architectures.rotary import Rotation, build_rotation, grid_positions
 from retrofit.architectures.vggt_config import AggregatorConfig
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)
 IMAGE_STD = (0.229, 0.224, 0.225)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from retrofit.errors import InputError, NotFoundError, suggest
+from retrofit.runtime.errors import InputError, NotFoundError, suggest
 
 logger = logging.getLogger(__name__)
 

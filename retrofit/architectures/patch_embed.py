@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from retrofit.architectures.blocks import Block
 from retrofit.architectures.dino_config import DinoConfig
-from retrofit.errors import InputError
+from retrofit.runtime.errors import InputError
 
 DINO_EPS = 1e-6
 

@@ -22,7 +22,7 @@ from retrofit.architectures.pi3_config import Pi3Config
 from retrofit.architectures.pi3_heads import EPS, HeadDecoder, PixelHead, PoseHead
 from retrofit.architectures.rotary import Rotation, build_rotation, grid_positions
 from retrofit.architectures.vggt import head_dtype, without_autocast
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 
 HEADS = ("point_head", "conf_head", "camera_head")
 

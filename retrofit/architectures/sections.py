@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, fields
 from typing import Any, TypeVar
 
-from retrofit.errors import ConfigError, suggest
+from retrofit.runtime.errors import ConfigError, suggest
 
 SectionT = TypeVar("SectionT", bound="Section")
 

@@ -31,9 +31,9 @@ from retrofit.commands import (
     verify,
 )
 from retrofit.commands.console import print_json, result, say
-from retrofit.errors import RetrofitError, StoppedError
-from retrofit.interrupts import raise_if_interrupted, watched
-from retrofit.outputs import FULL
+from retrofit.runtime.errors import RetrofitError, StoppedError
+from retrofit.runtime.interrupts import raise_if_interrupted, watched
+from retrofit.runtime.outputs import FULL
 
 INTERRUPTED = 130
 PERMISSIONS = (errno.EACCES, errno.EPERM, errno.EROFS)

@@ -13,8 +13,8 @@ from retrofit.commands.bench_models import bench_model, read_sizes
 from retrofit.commands.bench_operators import bench_operators, read_choice
 from retrofit.commands.console import print_json, print_lines
 from retrofit.commands.variants import Recipes, read_variants, read_where
-from retrofit.errors import InputError
-from retrofit.outputs import make_folders, refuse_file
+from retrofit.runtime.errors import InputError
+from retrofit.runtime.outputs import make_folders, refuse_file
 
 SIZE = "What it runs on"
 
@@ -110,7 +110,7 @@ def run(
 
     [bold]In Python[/bold]
 
-    from retrofit.bench.operators import TourChoice, tour
+    from retrofit.profiling.bench.operators import TourChoice, tour
     list(tour(TourChoice(device="cpu", dtypes=(torch.float32,), sides=(32,))))
     """
     for number in tokens or []:

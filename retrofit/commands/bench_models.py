@@ -17,9 +17,9 @@ from retrofit.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from retrofit.compare.checkpoints import Variant, Where
-    from retrofit.compare.result import Comparison
-    from retrofit.inspection import AskedSize
+    from retrofit.evaluate.checkpoints import Variant, Where
+    from retrofit.evaluate.result import Comparison
+    from retrofit.profiling.inspection import AskedSize
 
 HEADERS = ("size", "method", "dense ms", "ms", "speed", "min to max", "at most", "")
 ROUNDS = 3
@@ -33,7 +33,7 @@ def read_sizes(
     Raises:
         InputError: If one is no size.
     """
-    from retrofit.inspection import AskedSize
+    from retrofit.profiling.inspection import AskedSize
 
     pixels = [options.read_size(text) for text in sizes or []]
     asked = [AskedSize(width=width, height=height, frames=frames) for width, height in pixels]
@@ -53,8 +53,8 @@ def bench_model(
     show: bool,
 ) -> dict[str, Any]:
     """Time it at every size, draw and print it; returns what --json prints."""
-    from retrofit.compare.checkpoints import compare_checkpoint
-    from retrofit.compare.inputs import InputChoice
+    from retrofit.evaluate.checkpoints import compare_checkpoint
+    from retrofit.evaluate.inputs import InputChoice
 
     with stages() as advance:
         found = [
@@ -93,7 +93,7 @@ def _print(found: Sequence[Comparison]) -> None:
 
 
 def _rows(comparison: Comparison) -> list[tuple[str, ...]]:
-    from retrofit.bench.report import describe_speed, milliseconds
+    from retrofit.profiling.bench.report import describe_speed, milliseconds
 
     dense = milliseconds(comparison.dense.seconds.median)
     limit = _limit(comparison)
@@ -125,7 +125,7 @@ def _size_name(comparison: Comparison) -> str:
 
 
 def _as_json(found: Sequence[Comparison]) -> dict[str, Any]:
-    from retrofit.compare.report import to_dict
+    from retrofit.evaluate.report import to_dict
 
     first = found[0].variants[0]
     return result(
@@ -139,7 +139,7 @@ def _as_json(found: Sequence[Comparison]) -> dict[str, Any]:
 
 
 def _plot(found: Sequence[Comparison], plot: Path, name: str) -> None:
-    from retrofit.bench.report import plot_models
+    from retrofit.profiling.bench.report import plot_models
 
     speeds = {
         row.name: [(_size_name(comparison), comparison.variants[i].speed) for comparison in found]

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.commands.console import count, print_lines, print_table, result, stages
-from retrofit.errors import InputError
+from retrofit.runtime.errors import InputError
 
 if TYPE_CHECKING:
     import torch
 
-    from retrofit.bench.lines import Line
-    from retrofit.bench.operators import TourChoice
+    from retrofit.profiling.bench.lines import Line
+    from retrofit.profiling.bench.operators import TourChoice
 
 DTYPES = ("float32", "bfloat16", "float16")
 BY_DEFAULT = ("float32", "bfloat16")
@@ -32,8 +32,8 @@ def read_choice(
     Raises:
         InputError: If a dtype is unknown, or a length is too short.
     """
-    from retrofit.bench.operators import CPU_SIDES, GPU_SIDES, TourChoice
-    from retrofit.checkpoint.loading import pick_device
+    from retrofit.profiling.bench.operators import CPU_SIDES, GPU_SIDES, TourChoice
+    from retrofit.runtime.devices import pick_device
 
     on_gpu = (place := pick_device(device)).startswith("cuda")
     sides: tuple[int, ...] = GPU_SIDES if on_gpu else CPU_SIDES
@@ -57,8 +57,8 @@ def _read_dtypes(name: str | None) -> tuple[torch.dtype, ...]:
 
 def bench_operators(choice: TourChoice, plot: Path | None, *, show: bool) -> dict[str, Any]:
     """Time them, draw and print them; returns what --json prints."""
-    from retrofit.bench.operators import tour
-    from retrofit.bench.report import lines_json, plot_operators
+    from retrofit.profiling.bench.operators import tour
+    from retrofit.profiling.bench.report import lines_json, plot_operators
 
     with stages() as advance:
         lines = list(tour(choice, advance))
@@ -74,7 +74,8 @@ def bench_operators(choice: TourChoice, plot: Path | None, *, show: bool) -> dic
 def _describe_machine(device: str) -> dict[str, Any]:
     import torch
 
-    from retrofit.timing import library_versions, load_average, processor_name
+    from retrofit.runtime.timing import load_average, processor_name
+    from retrofit.runtime.versions import library_versions
 
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
@@ -85,8 +86,8 @@ def _describe_machine(device: str) -> dict[str, Any]:
 
 
 def _print(lines: Sequence[Line], title: str) -> None:
-    from retrofit.bench.operators import losing
-    from retrofit.bench.report import HEADERS, operator_rows
+    from retrofit.profiling.bench.operators import losing
+    from retrofit.profiling.bench.report import HEADERS, operator_rows
 
     heads = f"{lines[0].shape.heads} heads of {lines[0].shape.head_dim}"
     print_lines(f"{title}, {heads}, dense is {lines[0].base}", "")

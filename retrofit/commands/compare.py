@@ -19,11 +19,11 @@ from retrofit.commands.console import (
     stages,
 )
 from retrofit.commands.variants import Recipes, read_variants, read_where
-from retrofit.errors import RetrofitError
+from retrofit.runtime.errors import RetrofitError
 
 if TYPE_CHECKING:
-    from retrofit.compare.inputs import InputChoice
-    from retrofit.compare.result import Comparison
+    from retrofit.evaluate.inputs import InputChoice
+    from retrofit.evaluate.result import Comparison
 
 INPUTS = "What it runs on"
 
@@ -132,11 +132,11 @@ def run(
 
     [bold]In Python[/bold]
 
-    from retrofit.compare import compare_models
+    from retrofit.evaluate import compare_models
     compare_models(model, {"half": Recipe(method=WindowConfig(keep=0.5))}, inputs).variants
     """
-    from retrofit.compare.checkpoints import compare_checkpoint
-    from retrofit.compare.plot import plot as draw
+    from retrofit.evaluate.checkpoints import compare_checkpoint
+    from retrofit.evaluate.plot import plot as draw
 
     variants = read_variants(method, recipe, settings, sites)
     choice = _read_choice(inputs, num_inputs, size, frames, tokens, seed)
@@ -180,8 +180,8 @@ def _read_choice(
         options.require_positive(name, value)
     width, height = options.read_size(size)
 
-    from retrofit.compare.inputs import InputChoice
-    from retrofit.inspection import AskedSize
+    from retrofit.evaluate.inputs import InputChoice
+    from retrofit.profiling.inspection import AskedSize
 
     asked = AskedSize(width=width, height=height, frames=frames, tokens=tokens)
     return InputChoice(files=tuple(inputs or ()), count=num_inputs, asked=asked, seed=seed)
@@ -191,7 +191,7 @@ def _as_json(
     comparison: Comparison, plot: Path | None, plan: pictures.PicturePlan | None
 ) -> dict[str, Any]:
     """The keys that every verb has are those of the first variant."""
-    from retrofit.compare.report import to_dict
+    from retrofit.evaluate.report import to_dict
 
     first = comparison.variants[0]
     return result(
@@ -206,8 +206,8 @@ def _as_json(
 
 
 def _print(comparison: Comparison, plot: Path | None) -> None:
-    from retrofit.compare.report import verdict
-    from retrofit.compare.tables import layer_table, table
+    from retrofit.evaluate.report import verdict
+    from retrofit.evaluate.tables import layer_table, table
 
     machine, (before, after) = comparison.machine, comparison.load
     print_lines(

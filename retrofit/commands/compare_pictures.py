@@ -12,14 +12,14 @@ import typer
 from retrofit.commands import options
 from retrofit.commands.console import print_lines, print_table, stages
 from retrofit.commands.generate_inputs import read_prompts
-from retrofit.errors import InputError, RetrofitError
+from retrofit.runtime.errors import InputError, RetrofitError
 
 if TYPE_CHECKING:
-    from retrofit.compare.checkpoints import Where
-    from retrofit.compare.inputs import InputChoice
-    from retrofit.compare.pictures import PictureRow
-    from retrofit.generate import Request
-    from retrofit.recipe import Recipe
+    from retrofit.evaluate.checkpoints import Where
+    from retrofit.evaluate.inputs import InputChoice
+    from retrofit.evaluate.pictures import PictureRow
+    from retrofit.patching.recipe import Recipe
+    from retrofit.sampling import Request
 
 PICTURES = "Whole pictures, of a text-to-image pipeline"
 
@@ -91,9 +91,9 @@ class PicturePlan:
         Raises:
             RetrofitError: If it fails, or a picture can't be drawn.
         """
-        from retrofit.compare.judging import read_judge
-        from retrofit.compare.pictures import compare_pictures, judge_pictures
-        from retrofit.compare.sheet import draw_sheet
+        from retrofit.evaluate.judging import read_judge
+        from retrofit.evaluate.pictures import compare_pictures, judge_pictures
+        from retrofit.evaluate.sheet import draw_sheet
 
         judge = None if self.judge is None else read_judge(self.judge)
         with stages() as advance:
@@ -126,8 +126,8 @@ def plan_pictures(
     if asked.prompts is None:
         _refuse_alone(asked)
         return None
-    from retrofit.compare.judging import read_judge
-    from retrofit.generate import Generator, Request
+    from retrofit.evaluate.judging import read_judge
+    from retrofit.sampling import Generator, Request
 
     prompts = tuple(read_prompts(None, asked.prompts)[: asked.count])
     if asked.judge is not None:
@@ -159,7 +159,7 @@ def _refuse_alone(asked: AskedPictures) -> None:
 
 def print_pictures(plan: PicturePlan) -> None:
     """The table, and where the sheet is, of what was drawn."""
-    from retrofit.compare.sheet import table
+    from retrofit.evaluate.sheet import table
 
     if not plan.rows:
         return
@@ -171,7 +171,7 @@ def print_pictures(plan: PicturePlan) -> None:
 
 def pictures_json(plan: PicturePlan | None) -> dict[str, Any]:
     """The keys of --json, of what was drawn."""
-    from retrofit.compare.sheet import to_dict
+    from retrofit.evaluate.sheet import to_dict
 
     rows, sheet = (plan.rows, plan.sheet) if plan is not None else ((), None)
     return {

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from retrofit.patching import PatchReport
+    from retrofit.patching.patch import PatchReport
 
 SCHEMA = 1
 PIPED_WIDTH = 160

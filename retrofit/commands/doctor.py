@@ -24,10 +24,10 @@ def run(json: options.Json = False) -> None:
 
     [bold]In Python[/bold]
 
-    from retrofit.doctor import examine
+    from retrofit.profiling.doctor import examine
     examine()["devices"]
     """
-    from retrofit.doctor import examine, system
+    from retrofit.profiling.doctor import examine, system
 
     sections = examine()
     if json:

@@ -11,7 +11,7 @@ from retrofit.commands.console import print_json, print_lines, print_table, resu
 
 if TYPE_CHECKING:
     from retrofit.families import Family
-    from retrofit.recipe import Recipe
+    from retrofit.patching.recipe import Recipe
 
 
 def run(
@@ -39,8 +39,8 @@ def run(
     from retrofit.families import find_family
     find_family(model).name
     """
-    from retrofit.errors import NotFoundError, suggest
     from retrofit.families import FAMILIES
+    from retrofit.runtime.errors import NotFoundError, suggest
 
     if name is not None and name not in FAMILIES:
         raise NotFoundError(f"family {name!r} does not exist. {suggest(name, FAMILIES)}")
@@ -77,7 +77,7 @@ def _as_json(family: Family) -> dict[str, Any]:
 
 
 def _recipes(family: Family) -> dict[str, Recipe]:
-    from retrofit.recipe import Recipe, shipped_recipes
+    from retrofit.patching.recipe import Recipe, shipped_recipes
 
     recipes = {key: Recipe.read(path) for key, path in shipped_recipes().items()}
     return {key: recipe for key, recipe in recipes.items() if recipe.family == family.name}

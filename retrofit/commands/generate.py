@@ -28,12 +28,12 @@ from retrofit.commands.generate_output import (
     show_progress,
     write_preview,
 )
-from retrofit.errors import InputError, StoppedError
-from retrofit.interrupts import raise_if_interrupted
+from retrofit.runtime.errors import InputError, StoppedError
+from retrofit.runtime.interrupts import raise_if_interrupted
 
 if TYPE_CHECKING:
-    from retrofit.generate import Generator
-    from retrofit.generate.running import Picture
+    from retrofit.sampling import Generator
+    from retrofit.sampling.running import Picture
 
 
 def run(
@@ -101,7 +101,7 @@ def run(
 
     [bold]In Python[/bold]
 
-    from retrofit.generate import Generator, Request
+    from retrofit.sampling import Generator, Request
     request = Request(model="sdxl/", prompts=("a lighthouse",), seeds=(0,), width=2048, height=2048)
     for picture in Generator(request, "hidiffusion").pictures(): picture.save("out.png")
     """
@@ -109,7 +109,7 @@ def run(
         raise InputError("expected -o FILE, a PNG. Say where to write.")
     for name, value in {"num-images": num_images, "batch": batch}.items():
         options.require_positive(name, value)
-    from retrofit.generate import Generator
+    from retrofit.sampling import Generator
 
     width, height = options.read_size(size)
     given: dict[str, Any] = {
@@ -152,7 +152,7 @@ def _generate(
     as_json: bool,
 ) -> None:
     """Make the pictures, write each as soon as it is done, and say what they cost."""
-    from retrofit.checkpoint.libraries import quiet_libraries
+    from retrofit.checkpoints.libraries import quiet_libraries
 
     done: list[tuple[Path, Picture]] = []
     say_expected_time(generator)

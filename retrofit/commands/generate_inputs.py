@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from retrofit.commands.console import say
-from retrofit.errors import InputError, NotFoundError
+from retrofit.runtime.errors import InputError, NotFoundError
 
 if TYPE_CHECKING:
-    from retrofit.generate import Generator
-    from retrofit.generate.request import Request
+    from retrofit.sampling import Generator
+    from retrofit.sampling.request import Request
 
 DEFAULT_MODEL = "shapes"
 
@@ -27,7 +27,7 @@ def read_lora(text: str) -> tuple[str, float]:
 
 def read_input(path: Path | None, name: str) -> Any:
     """The file of a picture that goes in, looked at; the name is its field's."""
-    from retrofit.generate.request import InputFile
+    from retrofit.sampling.request import InputFile
 
     return None if path is None else InputFile.read(path, f"--{name.replace('_', '-')}")
 
@@ -66,7 +66,7 @@ def make_request(
     patched: bool,
 ) -> tuple[Request, int | None, dict[str, Any] | None]:
     """The request, which of its pictures is wanted (None: all), and the record of --like."""
-    from retrofit.generate.request import Request
+    from retrofit.sampling.request import Request
 
     given = {key: value for key, value in given.items() if value is not None}
     if like is None:
@@ -84,7 +84,7 @@ def make_request(
             **given,
         )
         return request, None, None
-    from retrofit.generate.png import read_record
+    from retrofit.sampling.png import read_record
 
     record = read_record(like)
     request = Request.from_dict(record.get("request") or {}, f"--like {like}")
@@ -111,7 +111,7 @@ def make_request(
 
 def _name_what_is_fetched(request: Request, given: dict[str, Any], like: Path) -> None:
     """Name what a picture asks for and this machine's disk does not have, before it is fetched."""
-    from retrofit.checkpoint.bundled import BUNDLED
+    from retrofit.checkpoints.bundled import BUNDLED
 
     named = [("model", "model", None if request.model in BUNDLED else request.model)]
     for field in ("config", "controlnet", "ip_adapter"):
@@ -124,7 +124,7 @@ def _name_what_is_fetched(request: Request, given: dict[str, Any], like: Path) -
 
 def _note_other_versions(record: dict[str, Any], like: Path) -> None:
     """Say which libraries have changed since a picture was made: its pixels may too."""
-    from retrofit.checkpoint.manifest import current_versions
+    from retrofit.runtime.versions import current_versions
 
     now = current_versions()
     changed = [
@@ -144,7 +144,7 @@ def refuse_other_model(
     Raises:
         InputError: If its weights are others now.
     """
-    from retrofit.generate.pipelines import fingerprint
+    from retrofit.sampling.pipelines import fingerprint
 
     if record is None or record["model"].get("fingerprint") == fingerprint(generator.checkpoint):
         return
@@ -172,7 +172,7 @@ def name_files(
     Raises:
         InputError: If one can't be written, or would replace a picture that goes in.
     """
-    from retrofit.generate.png import name_outputs, refuse_outputs
+    from retrofit.sampling.png import name_outputs, refuse_outputs
 
     files = name_outputs(out, number)
     written = [*files, preview_of(files[0])] if preview else files

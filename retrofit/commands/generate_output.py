@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 from retrofit.commands.console import report_keys, result, say
 
 if TYPE_CHECKING:
-    from retrofit.generate import Generator
-    from retrofit.generate.running import Picture
-    from retrofit.generate.watching import TimeSaved
+    from retrofit.sampling import Generator
+    from retrofit.sampling.running import Picture
+    from retrofit.sampling.watching import TimeSaved
 
 LONG = 60.0  # seconds from which on a run's time is said before it
 DIFFERENCES = {
@@ -32,7 +32,7 @@ Done = list[tuple[Path, "Picture"]]
 
 def say_expected_time(generator: Generator) -> None:
     """Say how long a long run on a CPU will take, before it begins."""
-    from retrofit.generate.expected import expected_seconds
+    from retrofit.sampling.expected import expected_seconds
 
     seconds = expected_seconds(generator.checkpoint, generator.request)
     if seconds is not None and seconds > LONG:
@@ -43,7 +43,7 @@ def say_expected_time(generator: Generator) -> None:
 
 def say_hint(generator: Generator) -> None:
     """Say what will not come out well."""
-    from retrofit.generate.sizes import explain_size
+    from retrofit.sampling.sizes import explain_size
 
     hint = explain_size(generator.request, generator.checkpoint)
     if hint is not None:

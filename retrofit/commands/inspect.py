@@ -21,8 +21,8 @@ SI = (("T", 1e12), ("G", 1e9), ("M", 1e6))
 BIG = (("billion ", 1e9), ("million ", 1e6))
 
 if TYPE_CHECKING:
-    from retrofit.checkpoint import Checkpoint
-    from retrofit.inspection import NetworkReport, SiteRow
+    from retrofit.checkpoints import Checkpoint
+    from retrofit.profiling.inspection import NetworkReport, SiteRow
 
 
 def run(
@@ -62,7 +62,7 @@ def run(
 
     [bold]In Python[/bold]
 
-    from retrofit.inspection import AskedSize, inspect_checkpoint
+    from retrofit.profiling.inspection import AskedSize, inspect_checkpoint
     inspect_checkpoint(find_checkpoint("minilm/"), AskedSize(tokens=512))
     """
     width, height = options.read_size(size)
@@ -70,9 +70,9 @@ def run(
     options.require_positive("tokens", tokens)
 
     with without_collector():
-        from retrofit.checkpoint import find_checkpoint
-        from retrofit.checkpoint.read_past import summarise, tensors_read_past
-        from retrofit.inspection import AskedSize, inspect_checkpoint
+        from retrofit.checkpoints import find_checkpoint
+        from retrofit.checkpoints.read_past import summarise, tensors_read_past
+        from retrofit.profiling.inspection import AskedSize, inspect_checkpoint
 
         checkpoint = find_checkpoint(model, weights=False, config=config)
         reports = inspect_checkpoint(
@@ -151,7 +151,7 @@ def _common_path(paths: list[str]) -> str:
 
 
 def _as_json(checkpoint: Checkpoint, reports: Sequence[NetworkReport]) -> dict[str, Any]:
-    from retrofit.checkpoint.read_past import tensors_read_past
+    from retrofit.checkpoints.read_past import tensors_read_past
 
     manifest = checkpoint.manifest
     return result(

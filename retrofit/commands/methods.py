@@ -41,8 +41,8 @@ def run(
     from retrofit.methods import METHODS
     METHODS["block-sparse"](keep=0.25)  # a config, which retrofit.patch takes
     """
-    from retrofit.errors import NotFoundError, suggest
     from retrofit.methods import METHODS
+    from retrofit.runtime.errors import NotFoundError, suggest
 
     if name is not None and name not in METHODS:
         raise NotFoundError(f"method {name!r} does not exist. {suggest(name, METHODS)}")
@@ -59,7 +59,7 @@ def run(
 
 
 def _document(config: type[Method]) -> None:
-    from retrofit.recipe import shipped_recipes
+    from retrofit.patching.recipe import shipped_recipes
 
     known = shipped_recipes()
     recipes = [key for key in known if f"{key}_".partition("_")[2].startswith(f"{config.name}_")]

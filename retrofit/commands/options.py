@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from retrofit.errors import ConfigError, InputError
-from retrofit.outputs import refuse_file
+from retrofit.runtime.errors import ConfigError, InputError
+from retrofit.runtime.outputs import refuse_file
 
 if TYPE_CHECKING:
-    from retrofit.recipe import Recipe
+    from retrofit.patching.recipe import Recipe
 
 MAX_SEED = 2**63 - 1
 WHAT = "What to install"
@@ -170,7 +170,7 @@ def read_recipe(method: str | None, recipe: str | None) -> Recipe | str:
     Raises:
         InputError: If neither is given, or they disagree.
     """
-    from retrofit.recipe import Recipe, shipped_recipes
+    from retrofit.patching.recipe import Recipe, shipped_recipes
 
     if recipe is not None:
         shipped = shipped_recipes()

@@ -20,10 +20,10 @@ from retrofit.commands.console import (
     result,
     say,
 )
-from retrofit.errors import InputError
+from retrofit.runtime.errors import InputError
 
 if TYPE_CHECKING:
-    from retrofit.checkpoint.planning import Plan
+    from retrofit.artifact.planning import Plan
 
 
 def run(
@@ -101,10 +101,10 @@ def run(
     """
     if out is None and not dry_run:
         raise InputError("expected -o FOLDER, or --dry-run. Say where to write.")
-    from retrofit.checkpoint import find_checkpoint
-    from retrofit.checkpoint.loading import pick_device
-    from retrofit.checkpoint.planning import plan_patch, prove
-    from retrofit.checkpoint.saving import refuse_target, write_patched
+    from retrofit.artifact.planning import plan_patch, prove
+    from retrofit.artifact.saving import refuse_target, write_patched
+    from retrofit.checkpoints import find_checkpoint
+    from retrofit.runtime.devices import pick_device
 
     what = options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
@@ -122,7 +122,7 @@ def run(
     if out is not None:
         refuse_target(plan, out, force=force)
     if not dry_run or plan.has_weights:
-        from retrofit.checkpoint.opening import check_weights
+        from retrofit.checkpoints.opening import check_weights
 
         check_weights(plan.checkpoint)
     if out is not None and not dry_run:

@@ -20,8 +20,8 @@ from retrofit.commands.console import (
 )
 
 if TYPE_CHECKING:
-    from retrofit.cost.network_plan import Cost, NetworkPlan
-    from retrofit.cost.plan import Plan
+    from retrofit.profiling.cost.network_plan import Cost, NetworkPlan
+    from retrofit.profiling.cost.plan import Plan
 
 SIZE = "What it would run on"
 BUSY = 0.75  # load average for each core from which other programs make times longer
@@ -89,7 +89,7 @@ def run(
 
     [bold]In Python[/bold]
 
-    from retrofit.cost.plan import Request, plan_checkpoint
+    from retrofit.profiling.cost.plan import Request, plan_checkpoint
     plan_checkpoint(find_checkpoint("sd15/"), Request(what="window", ...)).networks[0].speed
     """
     what = options.read_recipe(method, recipe)
@@ -98,10 +98,10 @@ def run(
     for name, value in {"frames": frames, "tokens": tokens, "steps": steps}.items():
         options.require_positive(name, value)
 
-    from retrofit.checkpoint import find_checkpoint
-    from retrofit.checkpoint.loading import pick_device
-    from retrofit.cost.plan import Request, plan_checkpoint
-    from retrofit.inspection import AskedSize
+    from retrofit.checkpoints import find_checkpoint
+    from retrofit.profiling.cost.plan import Request, plan_checkpoint
+    from retrofit.profiling.inspection import AskedSize
+    from retrofit.runtime.devices import pick_device
 
     request = Request(
         what=what,
@@ -125,8 +125,8 @@ def run(
 
 
 def _print(plan: Plan, network: NetworkPlan) -> None:
-    from retrofit.cost.network_plan import kept_words, verdict
     from retrofit.families import FAMILIES
+    from retrofit.profiling.cost.network_plan import kept_words, verdict
 
     machine = _machine(plan)
     print_lines(
@@ -189,7 +189,7 @@ def _seconds(value: float) -> str:
 def _machine(plan: Plan) -> dict[str, Any]:
     import torch
 
-    from retrofit.timing import load_average, processor_name
+    from retrofit.runtime.timing import load_average, processor_name
 
     on_gpu = plan.device.startswith("cuda")
     return {
@@ -216,8 +216,8 @@ def _as_json(plan: Plan) -> dict[str, Any]:
 
 
 def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
-    from retrofit.cost.network_plan import verdict
     from retrofit.families import FAMILIES
+    from retrofit.profiling.cost.network_plan import verdict
 
     return {
         "name": network.name,

@@ -32,8 +32,8 @@ def run(
     recipe = retrofit.Recipe.read("mine.yaml")
     retrofit.patch(model, recipe)
     """
-    from retrofit.errors import NotFoundError, suggest
-    from retrofit.recipe import Recipe, shipped_recipes
+    from retrofit.patching.recipe import Recipe, shipped_recipes
+    from retrofit.runtime.errors import NotFoundError, suggest
 
     shipped = shipped_recipes()
     if name is not None and name not in shipped:

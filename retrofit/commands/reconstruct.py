@@ -21,7 +21,7 @@ from retrofit.commands.console import (
     say,
     stages,
 )
-from retrofit.errors import InputError, suggest
+from retrofit.runtime.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from retrofit.reconstruct import Reconstructor, Result
@@ -148,9 +148,9 @@ def run(
     if what is None and (parameters or sites):
         raise InputError("--set and --sites need --method or --recipe. Name one.")
 
-    from retrofit.checkpoint.loading import pick_device
     from retrofit.reconstruct import Reconstructor, Settings
     from retrofit.reconstruct.inputs import is_video
+    from retrofit.runtime.devices import pick_device
 
     reconstructor = Reconstructor(
         model,

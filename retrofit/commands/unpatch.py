@@ -27,9 +27,9 @@ def run(
 
     retrofit.unpatch("minilm-sparse/", "minilm-again/")
     """
-    from retrofit.checkpoint import find_checkpoint
-    from retrofit.checkpoint.saving import unpatch
-    from retrofit.checkpoint.verifying import require_patched
+    from retrofit.artifact.saving import unpatch
+    from retrofit.artifact.verifying import require_patched
+    from retrofit.checkpoints import find_checkpoint
 
     manifest = require_patched(find_checkpoint(patched))
     size = sum(record.size for record in manifest.files.values())

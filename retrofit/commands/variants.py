@@ -12,7 +12,7 @@ import typer
 from retrofit.commands import options
 
 if TYPE_CHECKING:
-    from retrofit.compare.checkpoints import Variant, Where
+    from retrofit.evaluate.checkpoints import Variant, Where
 
 Recipes = Annotated[
     list[str] | None,
@@ -31,7 +31,7 @@ def read_variants(
     sites: list[str] | None,
 ) -> list[Variant]:
     """Every method and recipe with every combination of the settings."""
-    from retrofit.compare.checkpoints import Variant
+    from retrofit.evaluate.checkpoints import Variant
 
     found = [(name, options.read_recipe(name, None)) for name in methods or []]
     found += [(Path(name).stem, options.read_recipe(None, name)) for name in recipes or []]
@@ -66,8 +66,8 @@ def read_where(
     trust_remote_code: bool,
 ) -> Where:
     """Where and how the networks are opened."""
-    from retrofit.checkpoint.loading import pick_device
-    from retrofit.compare.checkpoints import Where
+    from retrofit.evaluate.checkpoints import Where
+    from retrofit.runtime.devices import pick_device
 
     return Where(
         device=pick_device(device),

@@ -31,11 +31,11 @@ def run(
 
     [bold]In Python[/bold]
 
-    from retrofit.checkpoint.verifying import verify_checkpoint
+    from retrofit.artifact.verifying import verify_checkpoint
     verify_checkpoint("minilm-sparse/").proof
     """
-    from retrofit.checkpoint import find_checkpoint
-    from retrofit.checkpoint.verifying import require_patched, verify_checkpoint
+    from retrofit.artifact.verifying import require_patched, verify_checkpoint
+    from retrofit.checkpoints import find_checkpoint
     from retrofit.commands.patch import keep_measured, summarize_proof
 
     manifest = require_patched(find_checkpoint(out))

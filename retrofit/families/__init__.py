@@ -7,8 +7,8 @@ import pkgutil
 
 from torch import nn
 
-from retrofit.errors import UnsupportedError
 from retrofit.families.base import Family
+from retrofit.runtime.errors import UnsupportedError
 
 __all__ = ["FAMILIES", "Family", "find_family", "require_family"]
 

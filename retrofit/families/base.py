@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from retrofit.families.examples import Examples
-from retrofit.sites import Network
+from retrofit.layout.sites import Network
 
 PROJECTIONS = (
     ("to_q",),

@@ -14,7 +14,7 @@ from retrofit.families.base import (
     has_parts,
 )
 from retrofit.families.examples import TEXT
-from retrofit.sites import AttentionSite, Network
+from retrofit.layout.sites import AttentionSite, Network
 
 LAYERS = ("encoder.layer", "encoder.layers", "transformer.layer")
 ATTENTIONS = ("attention.self", "attention")

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from retrofit.errors import UnsupportedError
+from retrofit.runtime.errors import UnsupportedError
 
 TEXT_LENGTHS = (64, 128, 256, 512, 1024, 2048, 4096, 8192)
 POSITION_TABLES = ("position_embeddings", "position_embedding")

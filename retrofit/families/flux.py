@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from retrofit.errors import GridError
 from retrofit.families.base import (
     Family,
     explain_backend,
@@ -24,8 +23,9 @@ from retrofit.families.base import (
     takes_only,
 )
 from retrofit.families.examples import Examples, InputSize, normal
-from retrofit.grid import TokenGrid
-from retrofit.sites import AttentionSite, Network, ValueReader, argument
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network, ValueReader, argument
+from retrofit.runtime.errors import GridError
 
 ARGUMENTS = {
     "encoder_hidden_states",

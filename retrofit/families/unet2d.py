@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from retrofit.errors import UnsupportedError
 from retrofit.families.base import Family, find_attention, find_multihead, has_parts
 from retrofit.families.examples import Examples, InputSize, normal
-from retrofit.grid import TokenGrid
-from retrofit.sites import AttentionSite, Level, Network, argument
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Level, Network, argument
+from retrofit.runtime.errors import UnsupportedError
 
 DEFAULT = "call `set_default_attn_processor()` on the network"
 SOFTMAX = f"its processor computes the softmax itself: {DEFAULT}"

@@ -8,8 +8,8 @@ from torch import nn
 
 from retrofit.families.base import Family, has_parts
 from retrofit.families.examples import VIEWS
-from retrofit.grid import TokenGrid
-from retrofit.sites import AttentionSite, Network, argument
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network, argument
 
 
 def recognises(module: nn.Module) -> bool:

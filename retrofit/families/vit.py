@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from retrofit.errors import GridError, UnsupportedError
 from retrofit.families.base import (
     Family,
     explain_implementation,
@@ -18,8 +17,9 @@ from retrofit.families.base import (
     takes_only,
 )
 from retrofit.families.examples import PICTURES
-from retrofit.grid import TokenGrid
-from retrofit.sites import AttentionSite, Network, argument
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network, argument
+from retrofit.runtime.errors import GridError, UnsupportedError
 
 LAYERS = ("layers", "encoder.layers", "encoder.layer", "model.layer", "layer")
 ATTENTIONS = ("self_attn", "attention.attention", "attention")

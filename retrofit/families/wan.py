@@ -16,8 +16,8 @@ from retrofit.families.base import (
     takes_only,
 )
 from retrofit.families.examples import Examples, InputSize, normal
-from retrofit.grid import TokenGrid
-from retrofit.sites import AttentionSite, Network, argument
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network, argument
 
 ARGUMENTS = {
     "timestep",

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from retrofit.errors import ConfigError, UnsupportedError, suggest
+from retrofit.runtime.errors import ConfigError, UnsupportedError, suggest
 
 Support = tuple[bool, str]
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.library import Library
 
-from retrofit.errors import UnsupportedError
+from retrofit.runtime.errors import UnsupportedError
 
 NAMESPACE = "retrofit"
 # Alive as long as the process: what it registered goes away with it.

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from retrofit.grid import TokenGrid
-from retrofit.intercept import Handler
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, Network
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network
+from retrofit.methods.run_state import RunState
+from retrofit.runtime.intercept import Handler
 
 
 class Operator(Protocol):

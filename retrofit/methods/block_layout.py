@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from retrofit.grid import TokenGrid, split_positions
-from retrofit.token_order import TokenOrder, token_order
+from retrofit.layout.grid import TokenGrid, split_positions
+from retrofit.layout.token_order import TokenOrder, token_order
 
 Borders = Literal["none", "frames", "tiles"]
 

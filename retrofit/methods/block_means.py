@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from retrofit.errors import UnsupportedError
 from retrofit.kernels import merge_attention
 from retrofit.methods.block_choice import visible_keys
+from retrofit.runtime.errors import UnsupportedError
 
 CHUNK = 1 << 24  # scores held at a time, beside what is there anyway
 

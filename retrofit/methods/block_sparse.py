@@ -17,9 +17,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from retrofit.errors import ConfigError, UnsupportedError
-from retrofit.grid import TokenGrid
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_blocks
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network
+from retrofit.layout.token_order import TokenOrder
 from retrofit.methods.base import DENSE, Method, Operator
 from retrofit.methods.block_choice import Selection, choose_under_mask, visible_keys
 from retrofit.methods.block_layout import (
@@ -32,10 +33,9 @@ from retrofit.methods.block_layout import (
 )
 from retrofit.methods.block_means import add_dropped_means, keys_in_means
 from retrofit.methods.block_pairs import count_blocks, count_pairs
+from retrofit.methods.run_state import RunState
 from retrofit.methods.window_sizes import check_keep
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, Network
-from retrofit.token_order import TokenOrder
+from retrofit.runtime.errors import ConfigError, UnsupportedError
 
 
 @dataclass(frozen=True, kw_only=True)

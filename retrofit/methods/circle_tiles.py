@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from retrofit.grid import TokenGrid
 from retrofit.kernels import BlockLists, pack_mask_bits
+from retrofit.layout.grid import TokenGrid
 
 Pair = tuple[int, int]
 PLACES = 64  # of a tile

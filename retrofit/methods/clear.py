@@ -16,14 +16,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from retrofit.errors import ConfigError, UnsupportedError
-from retrofit.grid import TokenGrid, kept_pairs, split_positions
 from retrofit.kernels import block_sparse_attention
+from retrofit.layout.grid import TokenGrid, kept_pairs, split_positions
+from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods.base import DENSE, Method, Operator
 from retrofit.methods.block_layout import full_mask, mask_rows
 from retrofit.methods.circle_tiles import PLACES, circle_lists
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, Network
+from retrofit.methods.run_state import RunState
+from retrofit.runtime.errors import ConfigError, UnsupportedError
 
 POOLED_LENGTH = 10  # by which the original multiplies the tokens of a call that has pooled keys
 

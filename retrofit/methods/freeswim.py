@@ -14,14 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from retrofit.errors import ConfigError, UnsupportedError
-from retrofit.grid import TokenGrid
-from retrofit.intercept import Forward, Handler
 from retrofit.kernels import neighborhood_attention
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.run_state import RunState
 from retrofit.methods.window_sizes import covers
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, Network
+from retrofit.runtime.errors import ConfigError, UnsupportedError
+from retrofit.runtime.intercept import Forward, Handler
 
 # What the two rows of a call do, as an integer that traced code can read.
 WINDOW = 0  # one row: windows, and its own cross-attention

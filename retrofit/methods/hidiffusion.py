@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from retrofit.errors import ConfigError
-from retrofit.grid import TokenGrid
-from retrofit.intercept import Handler
 from retrofit.kernels import window_attention
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods.base import Method, Operator
 from retrofit.methods.raunet import build_raunet_handlers, conv_level, is_deep_unet
+from retrofit.methods.run_state import RunState
 from retrofit.methods.window_sizes import check_causal
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, Network
+from retrofit.runtime.errors import ConfigError
+from retrofit.runtime.intercept import Handler
 
 SITES_PER_VALUE = 24  # two bits each, and a bit on top, in one 64-bit integer
 

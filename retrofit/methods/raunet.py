@@ -14,9 +14,9 @@ from typing import Any
 from torch import Tensor
 from torch.nn import functional
 
-from retrofit.intercept import Forward, Handler, ReplaceFunction
-from retrofit.run_state import RunState
-from retrofit.sites import Level, Network, argument
+from retrofit.layout.sites import Level, Network, argument
+from retrofit.methods.run_state import RunState
+from retrofit.runtime.intercept import Forward, Handler, ReplaceFunction
 
 RESIDUALS = ("down_block_additional_residuals", "mid_block_additional_residual")
 ADAPTER_RESIDUALS = "down_intrablock_additional_residuals"

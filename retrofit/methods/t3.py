@@ -13,14 +13,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retrofit.errors import ConfigError, UnsupportedError
-from retrofit.grid import TokenGrid, kept_pairs
 from retrofit.kernels import window_attention
 from retrofit.kernels.grid_window import branches_coincide
+from retrofit.layout.grid import TokenGrid, kept_pairs
+from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.run_state import RunState
 from retrofit.methods.window_sizes import Size, covers, partition_fraction, plain_shape
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, Network
+from retrofit.runtime.errors import ConfigError, UnsupportedError
 
 # Shapes of the planned boxes after the first: frames, as a fraction of all; area, in units of the
 # square root of a frame's tokens; height over width. They give the published cycle of the 4K grid

@@ -12,10 +12,11 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from retrofit.errors import ConfigError
-from retrofit.grid import TokenGrid, kept_pairs
 from retrofit.kernels import window_attention
+from retrofit.layout.grid import TokenGrid, kept_pairs
+from retrofit.layout.sites import AttentionSite
 from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.run_state import RunState
 from retrofit.methods.window_sizes import (
     Size,
     check_causal,
@@ -25,8 +26,7 @@ from retrofit.methods.window_sizes import (
     partition_fraction,
     per_axis,
 )
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite
+from retrofit.runtime.errors import ConfigError
 
 DEFAULT_KEEP = 0.5
 

@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from retrofit.errors import UnsupportedError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.runtime.errors import UnsupportedError
 
 Size = tuple[int, int, int]
 

@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from retrofit.architectures.images import FitMode, ImageFit
 from retrofit.architectures.recognition import network_class
 from retrofit.architectures.vggt import head_dtype
-from retrofit.checkpoint import Checkpoint, find_checkpoint
-from retrofit.checkpoint.libraries import torch_dtype
-from retrofit.checkpoint.opening import load_networks
-from retrofit.errors import InputError, RetrofitError, UnsupportedError
-from retrofit.intercept import find_interceptor
-from retrofit.patching import Patch, patch
-from retrofit.recipe import Recipe
+from retrofit.checkpoints import Checkpoint, find_checkpoint
+from retrofit.checkpoints.libraries import torch_dtype
+from retrofit.checkpoints.opening import load_networks
+from retrofit.patching.patch import Patch, patch
+from retrofit.patching.recipe import Recipe
 from retrofit.reconstruct.fitting import Fitting, running_dtype, stored_dtype
 from retrofit.reconstruct.memory import MemoryModel, available_memory
 from retrofit.reconstruct.scene import Scene, to_scene
+from retrofit.runtime.errors import InputError, RetrofitError, UnsupportedError
+from retrofit.runtime.intercept import find_interceptor
 
 Progress = Callable[[str, int, int], None]
 HEADS = ("camera_head.", "point_head.", "depth_head.", "conf_head.", "image_")

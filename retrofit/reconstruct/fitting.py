@@ -10,9 +10,9 @@ from torch import Tensor
 
 from retrofit.architectures.images import FitMode, ImageFit, load_images
 from retrofit.architectures.recognition import network_class
-from retrofit.checkpoint import Checkpoint
-from retrofit.checkpoint.opening import check_weights
-from retrofit.errors import InputError
+from retrofit.checkpoints import Checkpoint
+from retrofit.checkpoints.opening import check_weights
+from retrofit.runtime.errors import InputError
 
 PI3_PIXELS = 255_000  # of a photo, at most, at the width that Pi3 was trained at
 

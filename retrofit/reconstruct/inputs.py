@@ -8,7 +8,7 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from retrofit.errors import InputError, NotFoundError, UnsupportedError
+from retrofit.runtime.errors import InputError, NotFoundError, UnsupportedError
 
 logger = logging.getLogger(__name__)
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")

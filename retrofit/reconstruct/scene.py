@@ -15,7 +15,7 @@ from retrofit.architectures.cameras import (
     unproject_depth,
 )
 from retrofit.architectures.images import ImageFit
-from retrofit.errors import NonFiniteError, UnsupportedError
+from retrofit.runtime.errors import NonFiniteError, UnsupportedError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from retrofit.architectures.cameras import invert_extrinsics, matrix_to_quaternion
-from retrofit.checkpoint.writing import new_folder, refuse_output
+from retrofit.artifact.writing import new_folder, refuse_output
 from retrofit.reconstruct import Result
 from retrofit.reconstruct.preview import draw_preview
 from retrofit.reconstruct.scene import Scene

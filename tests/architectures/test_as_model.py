@@ -15,9 +15,9 @@ import retrofit
 from retrofit.architectures.pi3 import Pi3
 from retrofit.architectures.recognition import recognise_config, recognise_tensors
 from retrofit.architectures.vggt import VGGT
-from retrofit.checkpoint import find_checkpoint, hub
-from retrofit.checkpoint.read_past import summarise, tensors_read_past
-from retrofit.errors import CheckpointError, InputError
+from retrofit.checkpoints import find_checkpoint, hub
+from retrofit.checkpoints.read_past import summarise, tensors_read_past
+from retrofit.runtime.errors import CheckpointError, InputError
 from tests.architectures.small_networks import PI3_CONFIG, VGGT_CONFIG, small_pi3, small_vggt
 from tests.checkpoint_fixtures import contents
 

@@ -17,7 +17,7 @@ from retrofit.architectures.cameras import (
     quaternion_to_matrix,
     unproject_depth,
 )
-from retrofit.errors import InputError
+from retrofit.runtime.errors import InputError
 
 
 def random_poses(count: int, size: tuple[int, int] = (30, 50)) -> tuple[Tensor, Tensor]:

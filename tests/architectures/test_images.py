@@ -13,7 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from retrofit.architectures.images import ImageFit, load_images, read_photo
-from retrofit.errors import InputError, NotFoundError
+from retrofit.runtime.errors import InputError, NotFoundError
 
 
 def write_photo(path: Path, width: int, height: int, **options: Any) -> Path:

@@ -12,7 +12,7 @@ from retrofit.architectures.blocks import Attention, Block
 from retrofit.architectures.dino_config import DinoConfig
 from retrofit.architectures.patch_embed import ConvPatchEmbed, DinoPatchEmbed, check_frames
 from retrofit.architectures.rotary import build_rotation, grid_positions, rotate
-from retrofit.errors import InputError
+from retrofit.runtime.errors import InputError
 from tests.architectures.watching import Watch
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from retrofit.architectures.pi3_config import Pi3Config
 from retrofit.architectures.vggt_config import VGGTConfig
-from retrofit.errors import ConfigError
+from retrofit.runtime.errors import ConfigError
 from tests.architectures.small_networks import PI3_CONFIG, VGGT_CONFIG
 
 

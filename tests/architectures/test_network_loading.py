@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from retrofit.architectures import loading
 from retrofit.architectures.pi3 import Pi3
 from retrofit.architectures.vggt import VGGT
-from retrofit.errors import CheckpointError, NotFoundError
+from retrofit.runtime.errors import CheckpointError, NotFoundError
 from tests.architectures.small_networks import PI3_CONFIG, VGGT_CONFIG, small_pi3, small_vggt
 
 COMMIT = "0123456789012345678901234567890123456789"

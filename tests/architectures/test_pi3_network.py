@@ -10,8 +10,8 @@ from torch import Tensor
 
 from retrofit.architectures.pi3 import Pi3
 from retrofit.architectures.pi3_heads import PixelHead, PoseHead, nearest_rotation
-from retrofit.errors import InputError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.runtime.errors import InputError
 from tests.architectures.small_networks import PI3_CONFIG, small_pi3
 from tests.architectures.watching import Watch
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from retrofit.architectures.camera_head import CameraHead
 from retrofit.architectures.vggt import VGGT
 from retrofit.architectures.vggt_config import CameraHeadConfig
-from retrofit.errors import InputError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.runtime.errors import InputError
 from tests.architectures.small_networks import VGGT_CONFIG, small_vggt
 from tests.architectures.watching import Watch
 

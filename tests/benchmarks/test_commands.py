@@ -25,10 +25,10 @@ from benchmarks import (
     quick,
     windows,
 )
-from retrofit.bench.attention import Attention, Route, Shape
-from retrofit.bench.lines import time_routes
-from retrofit.bench.patterns import block_sparse_route, draw_block_mask, inward_route
-from retrofit.inspection import AskedSize
+from retrofit.profiling.bench.attention import Attention, Route, Shape
+from retrofit.profiling.bench.lines import time_routes
+from retrofit.profiling.bench.patterns import block_sparse_route, draw_block_mask, inward_route
+from retrofit.profiling.inspection import AskedSize
 from tests import tiny_models
 
 FLEX_WARNING = "ignore:flex_attention called without torch.compile"

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from benchmarks import common, quick, summary
-from retrofit.bench import patterns
+from retrofit.profiling.bench import patterns
 
 KEYS = {"goal", "case", "ratio", "must", "target", "load", "refused"}
 

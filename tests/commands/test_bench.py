@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from retrofit.bench import patterns
+from retrofit.profiling.bench import patterns
 
 TINY = ("--tokens", "144", "--rounds", "2", "--device", "cpu", "--dtype", "float32")
 HALF = ("-m", "window", "--set", "keep=0.5", "--device", "cpu", "--rounds", "1")
@@ -37,7 +37,7 @@ def test_operators_are_timed_beside_dense(run_command, tmp_path):
 
 
 def test_the_table_says_where_an_operator_loses(run_command, monkeypatch):
-    from retrofit.timing import Race
+    from retrofit.runtime.timing import Race
 
     # every contender but dense takes twice as long
     monkeypatch.setattr(Race, "speed", lambda self, name, base: patterns_speed(0.5))
@@ -48,7 +48,7 @@ def test_the_table_says_where_an_operator_loses(run_command, monkeypatch):
 
 
 def patterns_speed(value):
-    from retrofit.timing import Spread
+    from retrofit.runtime.timing import Spread
 
     return Spread(values=(value, value))
 

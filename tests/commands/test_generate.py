@@ -14,11 +14,11 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-from retrofit.generate import expected, running
-from retrofit.generate.png import KEY, read_record
+from retrofit.sampling import expected, running
+from retrofit.sampling.png import KEY, read_record
 from tests import tiny_models, tiny_pipelines
+from tests.sampling.test_combinations import EMBEDDING, ip_adapter_weights
 from tests.single_files import name_stable_diffusion_as_released
-from tests.test_generate_combinations import EMBEDDING, ip_adapter_weights
 
 COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}
 QUICK = ("--prompt", "a cat", "--steps", "3")

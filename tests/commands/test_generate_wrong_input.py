@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from retrofit.checkpoint import bundled
+from retrofit.checkpoints import bundled
 from tests import tiny_models, tiny_pipelines
 from tests.checkpoint_fixtures import contents
 from tests.commands.test_generate import write_lora

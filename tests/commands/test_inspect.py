@@ -11,9 +11,9 @@ from diffusers import UNet2DConditionModel
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrofit.checkpoint import find_checkpoint
-from retrofit.checkpoint.opening import load_networks
-from retrofit.inspection import AskedSize, inspect_checkpoint
+from retrofit.checkpoints import find_checkpoint
+from retrofit.checkpoints.opening import load_networks
+from retrofit.profiling.inspection import AskedSize, inspect_checkpoint
 from tests import tiny_models, tiny_pipelines
 
 

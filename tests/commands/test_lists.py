@@ -7,11 +7,11 @@ import dataclasses
 import pytest
 import yaml
 
-from retrofit import doctor
 from retrofit.commands import options
 from retrofit.families import FAMILIES
 from retrofit.methods import METHODS
-from retrofit.recipe import Recipe, shipped_recipes, with_parameters
+from retrofit.patching.recipe import Recipe, shipped_recipes, with_parameters
+from retrofit.profiling import doctor
 
 COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}
 

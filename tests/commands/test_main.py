@@ -12,7 +12,7 @@ import typer
 
 from retrofit import commands
 from retrofit.commands import VERBS, describe_error, help_text, run
-from retrofit.errors import NonFiniteError, NotFoundError
+from retrofit.runtime.errors import NonFiniteError, NotFoundError
 
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "huggingface_hub", "matplotlib", "yaml")
 

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from retrofit.checkpoint.manifest import MANIFEST, Manifest
-from retrofit.recipe import Recipe
+from retrofit.checkpoints.manifest import MANIFEST, Manifest
+from retrofit.patching.recipe import Recipe
 from tests.checkpoint_fixtures import BLOCKS, contents, edit_manifest, flip_byte
 
 COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}

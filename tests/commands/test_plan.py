@@ -7,20 +7,20 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from retrofit.checkpoint import find_checkpoint
-from retrofit.checkpoint.opening import build_networks, load_networks
-from retrofit.cost import sizes
-from retrofit.cost.dtypes import set_dtype
-from retrofit.cost.examples import Pool, cut
-from retrofit.cost.network_plan import KINDS, Cost, NetworkPlan, cost_of, verdict
-from retrofit.cost.plan import Request, plan_checkpoint
-from retrofit.cost.python_cost import PythonCost
-from retrofit.cost.rates import Rates, measure_rates
-from retrofit.cost.trace import Trace, tracing
+from retrofit.checkpoints import find_checkpoint
+from retrofit.checkpoints.opening import build_networks, load_networks
 from retrofit.families.examples import InputSize
-from retrofit.inspection import AskedSize
 from retrofit.kernels import block_sparse_attention, neighborhood_attention, window_attention
 from retrofit.methods import METHODS
+from retrofit.profiling.cost import sizes
+from retrofit.profiling.cost.dtypes import set_dtype
+from retrofit.profiling.cost.examples import Pool, cut
+from retrofit.profiling.cost.network_plan import KINDS, Cost, NetworkPlan, cost_of, verdict
+from retrofit.profiling.cost.plan import Request, plan_checkpoint
+from retrofit.profiling.cost.python_cost import PythonCost
+from retrofit.profiling.cost.rates import Rates, measure_rates
+from retrofit.profiling.cost.trace import Trace, tracing
+from retrofit.profiling.inspection import AskedSize
 from tests import tiny_models
 from tests.architectures.small_networks import small_vggt
 

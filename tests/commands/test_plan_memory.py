@@ -9,8 +9,14 @@ import torch
 from torch import nn
 
 from benchmarks.fresh_peak import peak_of
-from retrofit.cost.heap import FIRST_THRESHOLD, LARGEST_THRESHOLD, Heap, is_simulated, resident_peak
-from retrofit.cost.trace import tracing
+from retrofit.profiling.cost.heap import (
+    FIRST_THRESHOLD,
+    LARGEST_THRESHOLD,
+    Heap,
+    is_simulated,
+    resident_peak,
+)
+from retrofit.profiling.cost.trace import tracing
 
 KIB = 1024
 SLACK = 8 * KIB  # headers and page rounding

@@ -7,22 +7,22 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from retrofit.checkpoint import find_checkpoint
-from retrofit.checkpoint.opening import build_networks
-from retrofit.cost import sizes
-from retrofit.cost.examples import Pool, cut
-from retrofit.cost.kept import Kept, kept_by
-from retrofit.cost.network_plan import kept_words
-from retrofit.cost.plan import Request
-from retrofit.cost.trace import Trace, tracing
+from retrofit.checkpoints import find_checkpoint
+from retrofit.checkpoints.opening import build_networks
 from retrofit.families.flux import TEXT_LENGTH
-from retrofit.grid import TokenGrid
-from retrofit.inspection import AskedSize, inspect_checkpoint
 from retrofit.kernels.grid_window.circles import circular_mask
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.circle_tiles import PLACES, circle_lists
 from retrofit.methods.clear import Circles, ClearConfig
-from retrofit.networks import find_networks
-from retrofit.patching import patch
+from retrofit.patching.networks import find_networks
+from retrofit.patching.patch import patch
+from retrofit.profiling.cost import sizes
+from retrofit.profiling.cost.examples import Pool, cut
+from retrofit.profiling.cost.kept import Kept, kept_by
+from retrofit.profiling.cost.network_plan import kept_words
+from retrofit.profiling.cost.plan import Request
+from retrofit.profiling.cost.trace import Trace, tracing
+from retrofit.profiling.inspection import AskedSize, inspect_checkpoint
 from tests import tiny_models
 from tests.architectures.small_networks import small_vggt
 from tests.commands.test_plan import network_plan

@@ -15,10 +15,10 @@ from examples.demo.long_attention import time_long_call
 from examples.demo.minilm import METHODS, compare_minilm, find_minilm
 from examples.demo.pictures import make_rows
 from examples.demo.round_trip import PATCHED, RESTORED, compare_bytes, run_round_trip
-from retrofit.compare.inputs import InputChoice, make_inputs
-from retrofit.compare.result import Comparison
-from retrofit.errors import NotFoundError, RetrofitError
-from retrofit.generate.png import read_record
+from retrofit.evaluate.inputs import InputChoice, make_inputs
+from retrofit.evaluate.result import Comparison
+from retrofit.runtime.errors import NotFoundError, RetrofitError
+from retrofit.sampling.png import read_record
 from tests import tiny_models, tiny_pipelines
 
 

@@ -17,13 +17,13 @@ from safetensors import safe_open
 
 from retrofit.architectures.cameras import unproject_depth
 from retrofit.architectures.vggt import VGGT
-from retrofit.checkpoint import find_checkpoint
-from retrofit.compare.geometry import absolute_relative_error, true_rotations
-from retrofit.compare.scenes import read_scenes
-from retrofit.compare.truth import TrueScene
-from retrofit.compare.views import compare_views
+from retrofit.checkpoints import find_checkpoint
+from retrofit.evaluate.geometry import absolute_relative_error, true_rotations
+from retrofit.evaluate.scenes import read_scenes
+from retrofit.evaluate.truth import TrueScene
+from retrofit.evaluate.views import compare_views
 from retrofit.methods.block_sparse import BlockSparseConfig
-from retrofit.recipe import Recipe
+from retrofit.patching.recipe import Recipe
 from retrofit.reconstruct.fitting import Fitting
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "rooms"

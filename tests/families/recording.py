@@ -11,10 +11,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from retrofit.families import require_family
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods import Method
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite, Network
+from retrofit.methods.run_state import RunState
 
 
 @dataclass(frozen=True)

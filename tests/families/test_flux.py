@@ -15,8 +15,8 @@ from diffusers.models.transformers.transformer_flux import FluxIPAdapterAttnProc
 from torch import nn
 
 import retrofit
-from retrofit.errors import GridError, UnsupportedError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.runtime.errors import GridError, UnsupportedError
 from tests.families.recording import DenseConfig, clear_notes, describe
 from tests.tiny_models import (
     call_diffusers,

@@ -7,7 +7,7 @@ import torch
 from diffusers import UNet2DModel
 
 import retrofit
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from tests.families.recording import DenseConfig, Recorder, clear_notes, describe
 from tests.tiny_models import (
     FAMILY_MODELS,

@@ -26,9 +26,9 @@ from transformers import (
     ViTModel,
 )
 
-from retrofit.grid import TokenGrid
-from retrofit.networks import find_networks
-from retrofit.sites import Network
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import Network
+from retrofit.patching.networks import find_networks
 
 SD15: dict[str, Any] = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}
 SD21: dict[str, Any] = {

@@ -24,9 +24,9 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import retrofit
-from retrofit.errors import NotFoundError, UnsupportedError
 from retrofit.families import FAMILIES
-from retrofit.networks import find_networks
+from retrofit.patching.networks import find_networks
+from retrofit.runtime.errors import NotFoundError, UnsupportedError
 from tests.families.recording import DenseConfig
 from tests.tiny_models import (
     FAMILY_MODELS,

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import retrofit
-from retrofit.errors import GridError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
+from retrofit.runtime.errors import GridError
 from tests.families.recording import DenseConfig, Recorder, clear_notes, describe
 from tests.tiny_models import FAMILY_MODELS, make_picture_inputs, make_vit
 

@@ -9,7 +9,7 @@ from diffusers.models.attention_dispatch import AttentionBackendName
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
 import retrofit
-from retrofit.errors import UnsupportedError
+from retrofit.runtime.errors import UnsupportedError
 from tests.families.recording import DenseConfig, describe
 from tests.tiny_models import (
     FAMILY_MODELS,

@@ -9,8 +9,8 @@ import torch
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retrofit.grid import TokenGrid
 from retrofit.kernels import neighborhood_attention, window_attention
+from retrofit.layout.grid import TokenGrid
 from tests.kernels.block_cases import GRADIENT_TOLERANCES, LSE_TOLERANCES, TOLERANCES
 
 Axes = tuple[int, int, int]

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrofit.errors import UnsupportedError
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_by_score
 from retrofit.kernels.block_sparse import triton_route
 from retrofit.kernels.block_sparse.plain import Problem
+from retrofit.runtime.errors import UnsupportedError
 from tests.kernels.block_cases import (
     Case,
     cases,

@@ -8,9 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from retrofit.errors import ConfigError
 from retrofit.kernels import pooled_scores, select_blocks, select_by_score
 from retrofit.kernels.block_select.native import native_supports
+from retrofit.runtime.errors import ConfigError
 
 needs_native = pytest.mark.skipif(
     not native_supports("cpu", torch.float32)[0], reason=native_supports("cpu", torch.float32)[1]

@@ -5,10 +5,10 @@ import torch
 from hypothesis import given, settings
 from torch.nn.functional import scaled_dot_product_attention
 
-from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.kernels import BlockLists, block_sparse_attention, lists_from_mask, mask_from_lists
 from retrofit.kernels.block_sparse.lists import pack_mask_bits, unpack_mask_bits
 from retrofit.kernels.block_sparse.native import library
+from retrofit.runtime.errors import ConfigError, UnsupportedError
 from tests.kernels.block_cases import (
     BFLOAT16_PRODUCTS,
     TOLERANCES,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrofit.errors import ConfigError
-from retrofit.grid import TokenGrid, split_positions
 from retrofit.kernels.grid_window.circles import circular_mask
+from retrofit.layout.grid import TokenGrid, split_positions
+from retrofit.runtime.errors import ConfigError
 
 GRID = TokenGrid(height=6, width=8, num_prefix_tokens=3)
 

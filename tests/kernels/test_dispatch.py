@@ -3,9 +3,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrofit.errors import ConfigError, UnsupportedError
 from retrofit.kernels import backends, block_sparse_attention, explain, select_blocks
 from retrofit.kernels._dispatch import OPERATORS, Probe, choose_backend
+from retrofit.runtime.errors import ConfigError, UnsupportedError
 
 X = torch.randn(1, 1, 20, 8)
 KEPT = torch.ones(1, 1, 1, 1, dtype=torch.bool)

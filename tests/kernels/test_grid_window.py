@@ -9,12 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrofit.errors import ConfigError, GridError, UnsupportedError
 from retrofit.kernels import neighborhood_attention, window_attention
 from retrofit.kernels.grid_window import branches_coincide, neighborhood_mask, window_mask
 from retrofit.kernels.grid_window.axes import Axis, AxisTables, NeighborhoodAxis, WindowAxis
 from retrofit.kernels.grid_window.key_tiles import turn_axis
 from retrofit.kernels.grid_window.native import library
+from retrofit.runtime.errors import ConfigError, GridError, UnsupportedError
 from tests.kernels.block_cases import empty_is_nan
 from tests.kernels.grid_cases import (
     GridCase,

@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from retrofit.errors import ConfigError
 from retrofit.kernels import block_sparse_attention, merge_attention
+from retrofit.runtime.errors import ConfigError
 
 
 def attend(keys: slice, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, torch.Tensor]:

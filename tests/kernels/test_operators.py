@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from retrofit.errors import UnsupportedError
+from retrofit.runtime.errors import UnsupportedError
 from tests.kernels.test_public_functions import Function, Module, sparse, tensors, window
 
 OPERATORS = [

@@ -8,7 +8,6 @@ from collections import Counter
 import pytest
 import torch
 
-from retrofit.grid import TokenGrid
 from retrofit.kernels._triton_launch import Launch, choose_key_launch, choose_query_launch
 from retrofit.kernels.block_sparse.ops import _count_pairs
 from retrofit.kernels.grid_window.axes import AxisTables, NeighborhoodAxis, WindowAxis
@@ -16,6 +15,7 @@ from retrofit.kernels.grid_window.key_tiles import key_tables
 from retrofit.kernels.grid_window.native import library, native_attention
 from retrofit.kernels.grid_window.pattern import Pattern
 from retrofit.kernels.grid_window.triton_route import choose_launch
+from retrofit.layout.grid import TokenGrid
 
 MOST = 1.25
 Axes = tuple[int, int, int]

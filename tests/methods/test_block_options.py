@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 import retrofit
-from retrofit.errors import ConfigError, UnsupportedError
-from retrofit.grid import TokenGrid, split_positions
+from retrofit.layout.grid import TokenGrid, split_positions
+from retrofit.layout.token_order import token_order
 from retrofit.methods.block_layout import places_between
 from retrofit.methods.block_sparse import BlockSparseConfig
-from retrofit.token_order import token_order
+from retrofit.runtime.errors import ConfigError, UnsupportedError
 from tests.architectures.small_networks import small_vggt
 from tests.methods_table import make_call
 

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 import retrofit
-from retrofit.errors import ConfigError, UnsupportedError
-from retrofit.grid import TokenGrid, split_positions
 from retrofit.kernels import mask_from_lists
 from retrofit.kernels.block_sparse.native import library
 from retrofit.kernels.grid_window.circles import circular_mask
+from retrofit.layout.grid import TokenGrid, split_positions
 from retrofit.methods.base import DENSE
 from retrofit.methods.circle_tiles import circle_lists, tile_shape
 from retrofit.methods.clear import Circles, ClearConfig
+from retrofit.runtime.errors import ConfigError, UnsupportedError
 from tests.methods_table import make_call
 from tests.tiny_models import FAMILY_MODELS
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 
 import retrofit
-from retrofit.errors import AlreadyPatchedError
 from retrofit.methods import Method
+from retrofit.runtime.errors import AlreadyPatchedError
 from tests.methods_table import TABLE
 from tests.tiny_models import FAMILY_MODELS, make_bert, make_text_inputs
 

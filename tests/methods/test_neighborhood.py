@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrofit.errors import ConfigError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.neighborhood import NeighborhoodConfig
+from retrofit.runtime.errors import ConfigError
 from tests.methods_table import make_call
 
 TEXT = TokenGrid(width=400)

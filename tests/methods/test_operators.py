@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from retrofit.errors import UnsupportedError
-from retrofit.grid import TokenGrid, split_positions
+from retrofit.layout.grid import TokenGrid, split_positions
+from retrofit.runtime.errors import UnsupportedError
 from tests.methods_table import SENTENCE, TABLE, Call, Mask, Row, make_call
 
 CASES = [(name, grid) for name, row in TABLE.items() for grid in row.grids]

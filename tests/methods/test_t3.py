@@ -7,10 +7,10 @@ import math
 import pytest
 import torch
 
-from retrofit.errors import ConfigError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.base import DENSE
 from retrofit.methods.t3 import Boxes, T3Config, plan_counts
+from retrofit.runtime.errors import ConfigError
 from tests.methods_table import make_call
 
 WAN21_4K = ((21, 1, 1), (1, 17, 30), (1, 8, 40), (3, 17, 8), (7, 8, 6))
@@ -134,7 +134,7 @@ def test_wrong_settings_are_refused(cycle, message):
 
 def test_a_network_without_a_grid_is_refused():
     import retrofit
-    from retrofit.errors import UnsupportedError
+    from retrofit.runtime.errors import UnsupportedError
     from tests.tiny_models import make_bert
 
     with pytest.raises(UnsupportedError, match="self-attention over a grid"):

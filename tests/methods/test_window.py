@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrofit.errors import ConfigError
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.base import DENSE
 from retrofit.methods.neighborhood import NeighborhoodConfig
 from retrofit.methods.window import WindowConfig
+from retrofit.runtime.errors import ConfigError
 from tests.methods_table import make_call
 
 TEXT = TokenGrid(width=400)

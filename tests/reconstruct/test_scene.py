@@ -11,11 +11,11 @@ import pytest
 import torch
 
 from retrofit.architectures.vggt import VGGT
-from retrofit.errors import NonFiniteError, UnsupportedError
-from retrofit.patching import patch
+from retrofit.patching.patch import patch
 from retrofit.reconstruct import Reconstructor, Settings
 from retrofit.reconstruct.memory import MemoryModel
 from retrofit.reconstruct.scene import fit_intrinsics, to_scene
+from retrofit.runtime.errors import NonFiniteError, UnsupportedError
 from tests.architectures.small_networks import VGGT_CONFIG, small_vggt
 from tests.reconstruct.conftest import seeing_vggt
 
@@ -86,8 +86,8 @@ MEASURE = """
 import sys
 import torch
 from retrofit.architectures.vggt import VGGT
-from retrofit.compare.peak_memory import _high_water_mark, _restart_high_water_mark
-from retrofit.patching import patch
+from retrofit.evaluate.peak_memory import _high_water_mark, _restart_high_water_mark
+from retrofit.patching.patch import patch
 from tests.reconstruct.test_scene import CONFIG, SETTINGS, SIZE, VIEWS
 torch.set_num_threads(1)
 before = 0

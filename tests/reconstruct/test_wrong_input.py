@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import retrofit.reconstruct as reconstruct
-from retrofit.errors import InputError, UnsupportedError
 from retrofit.reconstruct.inputs import find_images, read_video
+from retrofit.runtime.errors import InputError, UnsupportedError
 from tests.reconstruct.conftest import write_photo
 
 

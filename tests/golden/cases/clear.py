@@ -9,8 +9,8 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 import retrofit
-from retrofit.grid import TokenGrid
 from retrofit.kernels.grid_window.circles import circular_mask
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.clear import Circles, ClearConfig
 from tests.golden.cases.shared import build_operator, watch_site
 from tests.golden.harness import Meta, Tensors

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import retrofit
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.freeswim import FreeSwimConfig
 from tests.golden.cases.shared import build_operator, watch_modules, watch_site, weights_of
 from tests.golden.harness import Meta, Tensors

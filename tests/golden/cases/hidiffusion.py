@@ -18,7 +18,7 @@ from diffusers import (
 from torch import Tensor
 
 import retrofit
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.hidiffusion import HiDiffusionConfig
 from tests.golden.cases.shared import all_cores
 from tests.golden.harness import Meta, Tensors

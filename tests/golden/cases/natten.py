@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from retrofit.grid import TokenGrid
 from retrofit.kernels import neighborhood_attention
 from retrofit.kernels.grid_window import first_key
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.neighborhood import NeighborhoodConfig
 from tests.golden.cases.shared import build_operator, weights_of
 from tests.golden.harness import Meta, Tensors

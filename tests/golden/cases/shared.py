@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from retrofit.grid import TokenGrid
-from retrofit.handlers import AttendAtSite
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite
 from retrofit.methods import Method, Operator
-from retrofit.run_state import RunState
-from retrofit.sites import AttentionSite
+from retrofit.methods.run_state import RunState
+from retrofit.patching.handlers import AttendAtSite
 
 
 def build_operator(config: Method, grid: TokenGrid, *, index: int = 0) -> Operator:

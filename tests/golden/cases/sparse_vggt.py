@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 import retrofit
-from retrofit.grid import TokenGrid, split_positions
 from retrofit.kernels import pooled_scores
+from retrofit.layout.grid import TokenGrid, split_positions
+from retrofit.layout.token_order import hilbert_order, token_order
 from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
-from retrofit.token_order import hilbert_order, token_order
 from tests.architectures.golden_vggt import build, reproduce_sparse_dense_part
 from tests.golden.cases.shared import SeenCall, build_operator, watch_site
 from tests.golden.harness import Meta, Tensors

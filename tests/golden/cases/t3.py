@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from torch import Tensor
 
 import retrofit
-from retrofit.grid import TokenGrid
+from retrofit.layout.grid import TokenGrid
 from retrofit.methods.t3 import Boxes, T3Config
 from tests.golden.cases.shared import SeenCall, build_operator, watch_modules, watch_site
 from tests.golden.harness import Meta, Tensors

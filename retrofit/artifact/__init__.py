@@ -1,0 +1,1 @@
+"""Patched checkpoints on disk: save, prove, verify, load, undo."""

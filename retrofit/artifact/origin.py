@@ -1,0 +1,103 @@
+"""Find the files that a model in memory came from, and check that it still holds their weights."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from retrofit.checkpoints import Checkpoint, find_checkpoint
+from retrofit.patching.networks import is_pipeline
+from retrofit.runtime.errors import InputError, NotFoundError, UnsupportedError
+
+CHANGED = (
+    "`save` copies the files it was loaded from and would lose that. Undo the change, or save the "
+    "model with its own library and patch what that wrote."
+)
+
+
+def find_origin(target: Any) -> Checkpoint:
+    """The checkpoint that a model or pipeline was loaded from, its patch aside.
+
+    Raises:
+        InputError: If it was not loaded from one.
+    """
+    config = getattr(target, "config", None)
+    name = getattr(config, "_name_or_path", None) or getattr(target, "name_or_path", None)
+    if not name:
+        raise InputError(
+            f"{type(target).__name__}: not loaded from a checkpoint, so there are no files to "
+            "copy. Save it with its own library, load it with `from_pretrained` and patch that."
+        )
+    checkpoint = replace(find_checkpoint(name), manifest=None)
+    if is_pipeline(target) or checkpoint.pipeline_class is None:
+        return checkpoint
+    return _own_component(target, checkpoint)
+
+
+def check_unchanged(target: Any, checkpoint: Checkpoint) -> None:
+    """Compare every weight in memory with the files.
+
+    Raises:
+        UnsupportedError: If one differs.
+    """
+    from torch import nn
+
+    from retrofit.checkpoints.opening import load_networks
+
+    if not is_pipeline(target):
+        _compare_weights(target, load_networks(checkpoint, [""], device="cpu"), checkpoint, "")
+        return
+    for name, component in target.components.items():
+        if isinstance(component, nn.Module) and name in checkpoint.classes:
+            loaded = load_networks(checkpoint, [name], device="cpu").components[name]
+            _compare_weights(component, loaded, checkpoint, name)
+        elif isinstance(component, nn.Module):
+            raise UnsupportedError(f"{name}: not in {checkpoint.name}. {CHANGED}")
+    _warn_of_scheduler(target, checkpoint)
+
+
+def _own_component(target: Any, checkpoint: Checkpoint) -> Checkpoint:
+    """The folder of a component that was loaded with `subfolder`."""
+    class_name = type(target).__name__
+    for name, (_, listed) in checkpoint.classes.items():
+        if listed == class_name:
+            folder = checkpoint.weight_folder(name)
+            return replace(find_checkpoint(folder), manifest=None)
+    raise NotFoundError(f"{checkpoint.name}: has no component of class {class_name}.")
+
+
+def _compare_weights(model: Any, loaded: Any, checkpoint: Checkpoint, name: str) -> None:
+    import torch
+
+    model = getattr(model, "_orig_mod", model)
+    where = f"{checkpoint.name}{f'/{name}' if name else ''}"
+    mine, files = model.state_dict(), loaded.state_dict()
+    extra = sorted(mine.keys() ^ files.keys())
+    if extra:
+        raise UnsupportedError(f"{where}: {extra[0]} was added or taken away. {CHANGED}")
+    for key, tensor in files.items():
+        if mine[key].is_meta:
+            raise UnsupportedError(
+                f"{where}: {key} is offloaded and can't be compared with the files. Load the model "
+                "without offloading to save it."
+            )
+        own = mine[key].detach().cpu()
+        # a cast is a way of loading, not another weight
+        if own.shape != tensor.shape or not torch.equal(tensor.to(own.dtype), own):
+            raise UnsupportedError(f"{where}: {key} changed since it was loaded. {CHANGED}")
+
+
+def _warn_of_scheduler(pipeline: Any, checkpoint: Checkpoint) -> None:
+    folder = Path(checkpoint.root) / "scheduler"
+    scheduler = getattr(pipeline, "scheduler", None)
+    if scheduler is None or not folder.is_dir():
+        return
+    listed = type(scheduler).load_config(str(folder))
+    if listed.get("_class_name") != type(scheduler).__name__:
+        warnings.warn(
+            f"{type(scheduler).__name__}: replaced the checkpoint's {listed.get('_class_name')}, "
+            "which is what gets saved. Set it again after `retrofit.load`.",
+            stacklevel=4,
+        )

@@ -1,0 +1,102 @@
+"""One network of a checkpoint: built from its config, or loaded with its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from retrofit.checkpoints import Checkpoint
+from retrofit.checkpoints.fitting import describe_mismatch
+from retrofit.checkpoints.libraries import (
+    class_of,
+    dtype_argument,
+    failing_as_checkpoint_error,
+    quiet_libraries,
+    torch_dtype,
+)
+from retrofit.checkpoints.weights import Weights
+from retrofit.runtime.errors import CheckpointError, InputError
+
+
+@contextmanager
+def explaining_shapes(checkpoint: Checkpoint, weights: Mapping[str, Weights]) -> Iterator[None]:
+    """Say which tensor does not fit its config, where that is why a library can't load."""
+    try:
+        with failing_as_checkpoint_error(checkpoint):
+            yield
+    except CheckpointError as error:
+        for component, found in weights.items():
+            problem = None
+            with suppress(InputError):  # a network that can't be built is another problem
+                problem = describe_mismatch(_build_on_meta(checkpoint, component), found.files)
+            if problem is not None:
+                where = f"{checkpoint.name}: {component + '.' if component else ''}{problem}"
+                raise CheckpointError(
+                    f"{where}. They are of two models: fetch config and weights again, together."
+                ) from error
+        raise
+
+
+def _build_on_meta(checkpoint: Checkpoint, component: str) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return build_component(checkpoint, component, trust_remote_code=False)
+
+
+def build_component(checkpoint: Checkpoint, component: str, trust_remote_code: bool) -> Any:
+    """Without weights, on the device that is the default."""
+    cls = class_of(checkpoint, component)
+    folder = str(checkpoint.config_folder(component))
+    with failing_as_checkpoint_error(checkpoint):
+        if checkpoint.classes[component][0] == "retrofit":
+            return cls.from_config(checkpoint.config(component), strict=False).eval()
+        if checkpoint.classes[component][0] == "diffusers":
+            return cls.from_config(cls.load_config(folder)).eval()
+        from transformers import AutoConfig, AutoModel
+
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        if cls is AutoModel:
+            model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
+        else:
+            model = cls._from_config(config)
+        return model.eval()
+
+
+def load_component(
+    checkpoint: Checkpoint,
+    component: str,
+    weights: Weights,
+    dtype: str | None,
+    trust_remote_code: bool,
+) -> Any:
+    """With its weights, on the CPU; None keeps their dtype."""
+    cls = class_of(checkpoint, component)
+    as_dtype = torch_dtype(dtype or weights.dtype)
+    if checkpoint.classes[component][0] == "retrofit":
+        return cls.from_pretrained(
+            checkpoint.file or checkpoint.weight_folder(component),
+            config=checkpoint.config(component),
+            dtype=None if dtype is None else as_dtype,
+        )
+    with explaining_shapes(checkpoint, {component: weights}), quiet_libraries():
+        if checkpoint.file is not None:
+            config = str(checkpoint.config_folder(component))
+            single = {"config": config, dtype_argument(): as_dtype}
+            return cls.from_single_file(str(checkpoint.file), **single).eval()
+        options: dict[str, Any] = {"variant": weights.variant, "use_safetensors": True}
+        if checkpoint.classes[component][0] == "diffusers":
+            options[dtype_argument()] = as_dtype
+        else:
+            options |= {"dtype": as_dtype, "trust_remote_code": trust_remote_code}
+        model, info = cls.from_pretrained(
+            str(checkpoint.weight_folder(component)), output_loading_info=True, **options
+        )
+    missing = sorted(map(str, info["missing_keys"]))
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint.name}: its weights lack {len(missing)} tensors that its config asks for "
+            f"({', '.join(missing[:3])}). Fetch the checkpoint again."
+        )
+    return model.eval()

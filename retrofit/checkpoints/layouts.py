@@ -1,0 +1,209 @@
+"""What a checkpoint is made of, read from the configs of a folder that is there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from retrofit.architectures.recognition import recognise_config, recognise_tensors
+from retrofit.checkpoints.manifest import MANIFEST, Manifest
+from retrofit.checkpoints.single_file import denoising_component, holds_pipeline
+from retrofit.checkpoints.weights import find_weights, read_header
+from retrofit.runtime.errors import CheckpointError
+
+Layout = Literal["pipeline", "diffusers", "transformers", "retrofit", "single-file"]
+CONFIG_FOLDER = "config"  # configs of a single-file checkpoint, beside it once it is patched
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpoint:
+    """A checkpoint whose configs have been read.
+
+    Attributes:
+        name: As the user gave it, for messages.
+        root: The folder of its files.
+        layout: Which library's layout it has.
+        classes: For each component with a config, `(library, class name)`; a checkpoint that is a
+            single network has one component, named `""`.
+        configs: Folder of the configs (`root`, except for a single file).
+        file: The file itself, when it is a single one.
+        pipeline_class: Class name of a pipeline.
+        manifest: The record of its patch, if it is patched.
+        remote_code: Classes whose code comes with the checkpoint.
+    """
+
+    name: str
+    root: Path
+    layout: Layout
+    classes: Mapping[str, tuple[str, str]]
+    configs: Path
+    file: Path | None = None
+    pipeline_class: str | None = None
+    manifest: Manifest | None = None
+    remote_code: tuple[str, ...] = ()
+
+    def config(self, component: str) -> dict[str, Any]:
+        """The config of a component; empty for a VGGT or Pi3 that has none, the public one."""
+        file = self.config_folder(component) / "config.json"
+        if self.classes.get(component, ("", ""))[0] == "retrofit" and not file.is_file():
+            return {}
+        return read_json(file)
+
+    def config_folder(self, component: str) -> Path:
+        """Where a component's config lies."""
+        return self.configs / component if component else self.configs
+
+    def weight_folder(self, component: str) -> Path:
+        """Where a component's weights lie."""
+        return self.root / component if component else self.root
+
+
+def identify(folder: Path, name: str) -> Checkpoint:
+    """Read the configs of a folder.
+
+    Raises:
+        CheckpointError: If it holds no checkpoint of a known layout.
+    """
+    manifest = Manifest.read(folder) if (folder / MANIFEST).exists() else None
+    if (folder / "model_index.json").is_file():
+        return _pipeline(folder, name, manifest)
+    if (folder / "config.json").is_file():
+        return _component(folder, name, manifest)
+    if manifest is not None and manifest.single_file:
+        own = identify_own_file(folder / manifest.single_file, name, manifest)
+        if own is not None and not (folder / CONFIG_FOLDER).is_dir():
+            return own
+        configs = identify(folder / CONFIG_FOLDER, name)
+        return join_configs(configs, folder / manifest.single_file, name, manifest)
+    own_network = _recognise_weights(find_weights(folder))
+    if own_network is not None:
+        return _own_network(folder, own_network, name, manifest)
+    singles = sorted(folder.glob("*.safetensors"))
+    found = f"Give the file itself: {singles[0]}." if singles else "Give the folder above or below."
+    raise CheckpointError(
+        f"{name}: expected model_index.json or config.json in it, got neither. {found}"
+    )
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: If the file is missing or not one.
+    """
+    try:
+        data = json.loads(file.read_text())
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{file}: missing. Fetch the checkpoint again.") from error
+    except ValueError as error:
+        raise CheckpointError(f"{file}: expected JSON: {error}. Fetch it again.") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{file}: expected a JSON object, got {type(data).__name__}.")
+    return data
+
+
+def _pipeline(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
+    index = read_json(folder / "model_index.json")
+    classes: dict[str, tuple[str, str]] = {}
+    for component, entry in index.items():
+        if not isinstance(entry, list) or len(entry) != 2 or not all(entry):
+            continue
+        if not (folder / component).is_dir():
+            raise CheckpointError(
+                f"{name}: model_index.json lists {component}, but its folder is missing. "
+                "Fetch the checkpoint again."
+            )
+        if (folder / component / "config.json").is_file():
+            classes[component] = (str(entry[0]), str(entry[1]))
+    class_name = index.get("_class_name")
+    return Checkpoint(
+        name=name,
+        root=folder,
+        layout="pipeline",
+        classes=classes,
+        configs=folder,
+        pipeline_class=class_name[-1] if isinstance(class_name, list) else class_name,
+        manifest=manifest,
+    )
+
+
+def _component(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
+    config = read_json(folder / "config.json")
+    own_network = recognise_config(config)
+    if own_network is not None:
+        return _own_network(folder, own_network, name, manifest)
+    if "_class_name" in config:
+        layout: Layout = "diffusers"
+        entry = ("diffusers", str(config["_class_name"]))
+    elif "model_type" in config or "architectures" in config:
+        layout = "transformers"
+        entry = ("transformers", str((config.get("architectures") or [""])[0]))
+    elif (named := _recognise_weights(find_weights(folder))) is not None:
+        return _own_network(folder, named, name, manifest)
+    else:
+        raise CheckpointError(
+            f"{name}: its config.json names neither `_class_name` (diffusers) nor `model_type` "
+            "(transformers), and is none of VGGT or Pi3. Give a checkpoint that one of them saved."
+        )
+    return Checkpoint(
+        name=name,
+        root=folder,
+        layout=layout,
+        classes={"": entry},
+        configs=folder,
+        manifest=manifest,
+        remote_code=tuple(sorted(config.get("auto_map") or ())),
+    )
+
+
+def _own_network(folder: Path, class_name: str, name: str, manifest: Manifest | None) -> Checkpoint:
+    """A folder with one of `retrofit.architectures`, whose config may be missing."""
+    return Checkpoint(
+        name=name,
+        root=folder,
+        layout="retrofit",
+        classes={"": ("retrofit", class_name)},
+        configs=folder,
+        manifest=manifest,
+    )
+
+
+def identify_own_file(path: Path, name: str, manifest: Manifest | None) -> Checkpoint | None:
+    """One of `retrofit.architectures` in a single file without a config, None for another."""
+    class_name = _recognise_weights([path])
+    if class_name is None:
+        return None
+    own = _own_network(path.parent, class_name, name, manifest)
+    return replace(own, layout="single-file", file=path, configs=path / CONFIG_FOLDER)
+
+
+def _recognise_weights(files: list[Path]) -> str | None:
+    """The class of `retrofit.architectures` that the tensors of whole files belong to."""
+    names = [name for file in files if file.is_file() for name in read_header(file)]
+    return recognise_tensors(names)
+
+
+def join_configs(
+    configs: Checkpoint, file: Path, name: str, manifest: Manifest | None
+) -> Checkpoint:
+    """A single file with the configs that belong to it."""
+    found = replace(
+        configs,
+        name=name,
+        root=file.parent,
+        layout="single-file",
+        file=file,
+        manifest=manifest,
+    )
+    if found.pipeline_class is None or holds_pipeline(file):
+        return found
+    component = denoising_component(list(found.classes), name)
+    return replace(
+        found,
+        classes={"": found.classes[component]},
+        configs=found.config_folder(component),
+        pipeline_class=None,
+    )

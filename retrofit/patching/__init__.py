@@ -1,0 +1,1 @@
+"""Install recipes in models in memory, and take them out again."""

@@ -1,0 +1,93 @@
+"""A short tour of the operators: where each is faster than dense on this machine, and where not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from retrofit.profiling.bench.attention import Attention, Route, Shape
+from retrofit.profiling.bench.lines import Line, time_routes
+from retrofit.profiling.bench.patterns import (
+    block_sparse_route,
+    boxes_route,
+    draw_block_mask,
+    inward_route,
+    t3_route,
+)
+
+BLOCK_SIZE = (128, 64)
+KEEPS = (0.1, 0.5)
+CPU_HEADS, GPU_HEADS = 2, 16
+CPU_SIDES, GPU_SIDES = (16, 32, 64, 96), (32, 64, 128, 192)
+FRAMES = 4  # of the grids with frames, whose sides are halved
+
+
+@dataclass(frozen=True, kw_only=True)
+class TourChoice:
+    """What to time.
+
+    Attributes:
+        device: `cpu` or `cuda`.
+        dtypes: Of the tensors.
+        sides: Height and width of the square grids, from which tokens follow.
+        rounds: Timed rounds; None takes what the device needs.
+        seed: Of everything drawn.
+    """
+
+    device: str
+    dtypes: tuple[torch.dtype, ...]
+    sides: tuple[int, ...]
+    rounds: int | None = None
+    seed: int = 0
+
+
+def tour(
+    choice: TourChoice, progress: Callable[[str, int, int], None] | None = None
+) -> Iterator[Line]:
+    """Every operator at every size, dense beside it in the same rounds.
+
+    Args:
+        choice: What to time.
+        progress: Called as `progress(what, done, total)`.
+
+    Yields:
+        A line for each case; one that was refused has no time.
+    """
+    base = "cudnn" if choice.device == "cuda" else "sdpa"
+    total = len(choice.dtypes) * len(choice.sides)
+    for i, (dtype, side) in enumerate((d, s) for d in choice.dtypes for s in choice.sides):
+        if progress is not None:
+            name = str(dtype).removeprefix("torch.")
+            progress(f"{name}, {side * side} tokens", i, total)
+        for case, attention, route in _cases(choice, dtype, side):
+            lines = time_routes(case, attention, [route], rounds=choice.rounds, base=base)
+            yield from (line for line in lines if line.route == route.name)
+
+
+def _cases(
+    choice: TourChoice, dtype: torch.dtype, side: int
+) -> Iterator[tuple[str, Attention, Route]]:
+    generator = torch.Generator().manual_seed(choice.seed + side)
+    heads = GPU_HEADS if choice.device == "cuda" else CPU_HEADS
+    tokens = side * side
+    shape = Shape(heads=heads, seq_len=tokens, dtype=dtype, device=choice.device)
+    attention = Attention(shape, generator)
+    for keep in KEEPS:
+        mask = draw_block_mask(heads, tokens, BLOCK_SIZE, keep, generator)
+        route = block_sparse_route(attention, mask, BLOCK_SIZE)
+        yield f"block-sparse, keep {keep:g}", attention, route
+    half, third = side // 2, side // 3 // 2 * 2 + 1
+    picture, video = (1, side, side), (FRAMES, side // 2, side // 2)
+    shifted = boxes_route(attention, picture, (1, half, half), shift=(0, half // 2, half // 2))
+    yield "windows, half a side", attention, shifted
+    inward = inward_route(attention, picture, (1, third, third))
+    yield "window around each, a third", attention, inward
+    yield "t3, frame by frame", attention, t3_route(attention, video, (FRAMES, 1, 1))
+    yield "t3, boxes", attention, t3_route(attention, video, (1, 4, 4))
+
+
+def losing(lines: Sequence[Line]) -> list[Line]:
+    """Those that are slower than dense, and those that were refused."""
+    return [line for line in lines if line.speed is None or line.speed.median < 1]

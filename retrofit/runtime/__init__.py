@@ -1,0 +1,1 @@
+"""What everything stands on: errors, devices, processes, files, clocks, the interception."""

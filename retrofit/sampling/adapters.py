@@ -1,0 +1,195 @@
+"""ControlNets, LoRAs and IP-Adapters: load them, or say in one line why they don't fit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from retrofit.checkpoints import find_checkpoint
+from retrofit.checkpoints.hub import fetch
+from retrofit.checkpoints.libraries import quiet_libraries
+from retrofit.checkpoints.opening import load_networks
+from retrofit.checkpoints.weights import read_header
+from retrofit.runtime.errors import CheckpointError, InputError, UnsupportedError
+from retrofit.sampling.request import Request
+
+# what the libraries raise for weights and configs that they can't use
+LIBRARY_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError)
+
+# how the two matrices of a layer are told apart, in peft's files, kohya's and diffusers' old ones
+LORA_HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"), (".down.", ".up."))
+
+
+def open_controlnet(pipeline: Any, request: Request, dtype: str | None) -> Any:
+    """Load a ControlNet, after its config has been held against the UNet's.
+
+    Raises:
+        InputError: If it does not fit.
+    """
+    where = f"--controlnet {request.controlnet}"
+    found = find_checkpoint(str(request.controlnet))
+    kinds = [kind for _, kind in found.classes.values()]
+    if found.pipeline_class is not None or not all("ControlNet" in kind for kind in kinds):
+        raise InputError(
+            f"{where}: expected a ControlNet, got {found.pipeline_class or ', '.join(kinds)}. "
+            "Give the folder of a ControlNet alone."
+        )
+    network: Any = getattr(pipeline, "unet", None)
+    config = found.config("")
+    keys = ("cross_attention_dim", "block_out_channels", "in_channels", "addition_embed_type")
+    for key in keys if network is not None else ():
+        mine, theirs = network.config.get(key), config.get(key)
+        if key in config and _plain(mine) != _plain(theirs):
+            raise InputError(
+                f"{where}: made for another architecture: its {key} is {theirs}, this "
+                f"checkpoint's is {mine}. Give a ControlNet of the same model."
+            )
+    return load_networks(found, [""], device="cpu", dtype=dtype or _name_of(pipeline.dtype))
+
+
+def add_loras(pipeline: Any, request: Request) -> None:
+    """Load LoRAs and give them their weights.
+
+    Raises:
+        InputError: If one does not fit.
+    """
+    fix = "Give a LoRA in safetensors, trained on the same architecture."
+    names = []
+    for i, (path, _) in enumerate(request.loras):
+        what = f"--lora {path}"
+        if not hasattr(pipeline, "load_lora_weights"):
+            raise UnsupportedError(
+                f"{what}: {type(pipeline).__name__} takes no LoRA. Leave it out."
+            )
+        location = _file_or_hub(path, what)
+        _require_lora(_read_names(location, what, fix), what, fix)
+        with _refusing(what, fix):
+            pipeline.load_lora_weights(adapter_name=f"lora{i}", **location)
+        listed = {name for names in pipeline.get_list_adapters().values() for name in names}
+        if f"lora{i}" not in listed:
+            raise InputError(f"{what}: none of its layers is one of this checkpoint's. {fix}")
+        names.append(f"lora{i}")
+    if names:
+        pipeline.set_adapters(names, [weight for _, weight in request.loras])
+
+
+def _file_or_hub(path: str, what: str) -> dict[str, Any]:
+    """Arguments of diffusers' loaders of adapters: a local file or folder, or a hub id."""
+    local = Path(path).expanduser()
+    if local.is_file():
+        if local.suffix != ".safetensors":
+            raise InputError(
+                f"{what}: expected a .safetensors file, as others may be pickles, and opening one "
+                "can run any code. Give it in safetensors."
+            )
+        return {
+            "pretrained_model_name_or_path_or_dict": str(local.parent),
+            "weight_name": local.name,
+        }
+    if local.is_dir():
+        files = sorted(local.glob("*.safetensors"))
+        if len(files) != 1:
+            raise InputError(
+                f"{what}: expected a folder with one .safetensors file, got {len(files)}. "
+                "Name the file."
+            )
+        return {"pretrained_model_name_or_path_or_dict": str(local), "weight_name": files[0].name}
+    parts = path.split("/")
+    if len(parts) < 2 or path.startswith((".", "/", "~")):
+        raise InputError(f"{what}: no such file or folder. A hub id looks like `owner/name`.")
+    inside = "/".join(parts[2:])
+    is_file = inside.endswith(".safetensors")
+    folder = fetch("/".join(parts[:2]), [inside if is_file else f"{inside}*.safetensors"])
+    return _file_or_hub(str(folder / inside), what)
+
+
+def add_ip_adapter(pipeline: Any, request: Request) -> None:
+    """Load an IP-Adapter, and its image encoder if the checkpoint has none.
+
+    Raises:
+        InputError: If it does not fit, or there is no image encoder.
+    """
+    if request.ip_adapter is None:
+        return
+    what = f"--ip-adapter {request.ip_adapter}"
+    if not hasattr(pipeline, "load_ip_adapter"):
+        raise UnsupportedError(f"{what}: {type(pipeline).__name__} takes none. Leave it out.")
+    location = _file_or_hub(request.ip_adapter, what)
+    encoder = Path(location["pretrained_model_name_or_path_or_dict"]) / "image_encoder"
+    if getattr(pipeline, "image_encoder", None) is None and not encoder.is_dir():
+        raise InputError(
+            f"{what}: needs an image encoder, and neither the checkpoint nor a folder "
+            f"image_encoder/ beside it has one. Put it there."
+        )
+    fix = "Give an IP-Adapter of the same architecture."
+    _read_names(location, what, fix)
+    with _refusing(what, fix):
+        pipeline.load_ip_adapter(
+            subfolder="",
+            image_encoder_folder="image_encoder" if encoder.is_dir() else None,
+            **location,
+        )
+    if request.ip_scale is not None:
+        pipeline.set_ip_adapter_scale(request.ip_scale)
+
+
+def _read_names(location: dict[str, Any], what: str, fix: str) -> list[str]:
+    """The tensors' names, from the header of a safetensors file before a library reads it.
+
+    Raises:
+        InputError: If it is damaged, or something else of that name.
+    """
+    file = Path(location["pretrained_model_name_or_path_or_dict"]) / location["weight_name"]
+    try:
+        return list(read_header(file))
+    except CheckpointError as error:
+        raise InputError(
+            f"{what}: expected a whole safetensors file, got a damaged one or something else. {fix}"
+        ) from error
+
+
+def _require_lora(names: list[str], what: str, fix: str) -> None:
+    """Look for matrices of low rank, in pairs.
+
+    Raises:
+        InputError: If there are none, or one lacks its other half.
+    """
+    halves = [name for name in names if "lora" in name.lower()]
+    if not halves:
+        raise InputError(f"{what}: expected a LoRA, got a file that holds none. {fix}")
+    for name in halves:
+        down, up = next((pair for pair in LORA_HALVES if pair[0] in name), ("", ""))
+        if down and name.replace(down, up) not in names:
+            raise InputError(
+                f"{what}: expected {name.replace(down, up)} beside {name}, got only one half of "
+                "that layer. Fetch it again."
+            )
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, (list, tuple)) else value
+
+
+def _name_of(dtype: Any) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+@contextmanager
+def _refusing(what: str, fix: str) -> Iterator[None]:
+    """What a library says of weights that don't fit, as one line."""
+    try:
+        with quiet_libraries():
+            yield
+    except LIBRARY_ERRORS as error:
+        raise InputError(
+            f"{what}: does not fit this checkpoint ({first_line(error)}). {fix}"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """What a library says, short."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = " ".join(lines[:2]) or type(error).__name__
+    return text if len(text) < 200 else f"{text[:200]} ..."

@@ -1,0 +1,280 @@
+"""What is to be generated: everything that decides a picture's pixels, as plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from retrofit.runtime.errors import ConfigError, InputError, NotFoundError
+
+Offload = Literal["none", "model", "sequential"]
+SEED_LIMIT = 2**63
+PICTURES_IN = ("image", "mask", "control_image", "ip_image")
+UNRECORDED = "trust_remote_code"  # permission to run code is the user's, never a file's
+
+
+@dataclass(frozen=True, kw_only=True)
+class InputFile:
+    """A picture that goes in.
+
+    Attributes:
+        path: Where it lies.
+        sha256: Of its bytes, so that another file in its place is noticed.
+    """
+
+    path: str
+    sha256: str
+
+    @classmethod
+    def read(cls, path: str | Path, what: str) -> InputFile:
+        """Look at a file.
+
+        Args:
+            path: Where it lies.
+            what: The option that names it, for messages.
+
+        Raises:
+            NotFoundError: If it can't be read.
+            InputError: If it is no picture.
+        """
+        from PIL import Image, UnidentifiedImageError
+
+        try:
+            data = Path(path).expanduser().read_bytes()
+            with Image.open(Path(path).expanduser()) as picture:
+                picture.load()
+        except UnidentifiedImageError as error:
+            raise InputError(
+                f"{what} {path}: expected a picture, got something else. Give a PNG or JPEG."
+            ) from error
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            reason = getattr(error, "strerror", None) or "it is damaged, or too large"
+            raise NotFoundError(
+                f"{what} {path}: can't be read ({reason}). Give a PNG or JPEG."
+            ) from error
+        return cls(path=str(path), sha256=hashlib.sha256(data).hexdigest())
+
+    def check(self, what: str) -> None:
+        """Compare the file with the record.
+
+        Raises:
+            InputError: If it is another one now.
+        """
+        if InputFile.read(self.path, what).sha256 != self.sha256:
+            raise InputError(
+                f"{what} {self.path}: not the file that the picture was made with. "
+                f"Name the new one with {what}, or put the old one back."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """Pictures to be made; what is None is left to the checkpoint and its pipeline.
+
+    Attributes:
+        model: A checkpoint: a folder, a hub id, a single file or a bundled name.
+        config: For a single file: folder or hub id with its configs.
+        prompts: One for each picture.
+        seeds: One for each picture.
+        batch: Pictures made in one call.
+        negative: Negative prompt.
+        width: Pixels.
+        height: Pixels.
+        steps: Denoising steps.
+        guidance: Guidance scale.
+        eta: Noise that DDIM adds at every step, 0 to 1.
+        scheduler: Class name of a diffusers scheduler.
+        recipe: What to patch with, as `Recipe.to_dict`; None is dense, or the checkpoint's own.
+        loras: Path or hub id, and weight.
+        image: Where image-to-image and inpainting start.
+        mask: White where inpainting paints.
+        strength: How much of `image` is painted over, 0 to 1.
+        controlnet: A ControlNet checkpoint.
+        control_image: What it looks at.
+        control_scale: Its weight.
+        ip_adapter: A folder, hub id or file with IP-Adapter weights.
+        ip_image: What it looks at.
+        ip_scale: Its weight.
+        dtype: Of the weights.
+        device: Where it runs.
+        offload: Whether networks wait on the CPU (`model`), or even their layers (`sequential`).
+        vae_tiling: Whether pictures are decoded in tiles.
+        threads: Of the CPU; sums come out differently with another number.
+        trust_remote_code: Whether code that comes with the checkpoint may run; neither written into
+            a picture nor read from one.
+    """
+
+    model: str
+    config: str = ""
+    prompts: tuple[str, ...] = ()
+    seeds: tuple[int, ...] = ()
+    batch: int = 1
+    negative: str | None = None
+    width: int | None = None
+    height: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    eta: float | None = None
+    scheduler: str | None = None
+    recipe: Mapping[str, Any] | None = None
+    loras: tuple[tuple[str, float], ...] = ()
+    image: InputFile | None = None
+    mask: InputFile | None = None
+    strength: float | None = None
+    controlnet: str | None = None
+    control_image: InputFile | None = None
+    control_scale: float | None = None
+    ip_adapter: str | None = None
+    ip_image: InputFile | None = None
+    ip_scale: float | None = None
+    dtype: str | None = None
+    device: str | None = None
+    offload: Offload = "none"
+    vae_tiling: bool = False
+    threads: int | None = None
+    trust_remote_code: bool = False
+
+    def check(self) -> None:
+        """Look for mistakes that show without the checkpoint.
+
+        Raises:
+            ConfigError: With every mistake at once.
+        """
+        problems = [text for is_wrong, text in _rules(self) if is_wrong]
+        if problems:
+            raise ConfigError(" ".join(problems))
+
+    def only(self, places: Sequence[int]) -> Request:
+        """The same for some of the pictures."""
+        return replace(
+            self,
+            prompts=tuple(self.prompts[i] for i in places),
+            seeds=tuple(self.seeds[i] for i in places),
+            batch=len(places),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data: what a PNG holds."""
+        data: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        del data[UNRECORDED]
+        return data
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], where: str) -> Request:
+        """From plain data; whether it trusts remote code is dropped.
+
+        Raises:
+            InputError: If it is not what `to_dict` gives.
+        """
+        data = {key: value for key, value in data.items() if key != UNRECORDED}
+        known = {item.name for item in dataclasses.fields(cls)}
+        try:
+            values = {key: data[key] for key in data if key in known}
+            for key in PICTURES_IN:
+                if values.get(key) is not None:
+                    values[key] = InputFile(**values[key])
+            for key in ("prompts", "seeds"):
+                values[key] = tuple(values.get(key, ()))
+            values["loras"] = tuple((str(p), float(w)) for p, w in values.get("loras", ()))
+            request = cls(**values)
+        except (TypeError, ValueError, KeyError) as error:
+            raise InputError(
+                f"{where}: its record of settings can't be read ({error}). It may be of another "
+                "version of retrofit."
+            ) from error
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise InputError(
+                f"{where}: its record has settings that this retrofit does not know "
+                f"({', '.join(unknown)}). Upgrade: pip install --upgrade retrofit-attention"
+            )
+        return request
+
+    def check_files(self) -> None:
+        """Compare the pictures that go in with the record.
+
+        Raises:
+            InputError: If one is missing or another one now.
+        """
+        for option, file in self.files().items():
+            file.check(option)
+
+    def files(self) -> dict[str, InputFile]:
+        """The pictures that go in, by the option that names them."""
+        found = {name: getattr(self, name) for name in PICTURES_IN}
+        return {
+            f"--{name.replace('_', '-')}": file for name, file in found.items() if file is not None
+        }
+
+
+def _rules(request: Request) -> list[tuple[bool, str]]:
+    """Every mistake that can be made, and what to say of it."""
+    return [
+        (
+            not request.prompts or any(not prompt.strip() for prompt in request.prompts),
+            "--prompt: expected a text. Say what to draw.",
+        ),
+        (
+            request.steps is not None and request.steps < 1,
+            f"--steps: expected 1 or more, got {request.steps}.",
+        ),
+        (
+            request.guidance is not None and not 0 <= request.guidance < math.inf,
+            f"--guidance: expected a number, 0 or more, got {request.guidance}; 0 or 1 is none.",
+        ),
+        (
+            any(not 0 <= seed < SEED_LIMIT for seed in request.seeds),
+            f"--seed: expected 0 or more, below {SEED_LIMIT}, "
+            f"got {', '.join(map(str, request.seeds))}.",
+        ),
+        (
+            request.mask is not None and request.image is None,
+            "--mask: needs --image, the picture to paint in.",
+        ),
+        (
+            request.strength is not None and request.image is None,
+            "--strength: needs --image, the picture to start from.",
+        ),
+        (
+            request.strength is not None and not 0 < request.strength <= 1,
+            f"--strength: expected more than 0 and at most 1, got {request.strength}.",
+        ),
+        (
+            request.eta is not None and not 0 <= request.eta <= 1,
+            f"--eta: expected 0 to 1, got {request.eta}.",
+        ),
+        *(
+            (
+                value is not None and not math.isfinite(value),
+                f"{option}: expected a finite number, got {value}.",
+            )
+            for option, value in _weights(request)
+        ),
+        (
+            (request.controlnet is None) != (request.control_image is None),
+            "--controlnet and --control-image: expected both or neither.",
+        ),
+        (
+            (request.ip_adapter is None) != (request.ip_image is None),
+            "--ip-adapter and --ip-image: expected both or neither.",
+        ),
+        (
+            request.offload not in ("none", "model", "sequential"),
+            f"--offload: expected none, model or sequential, got {request.offload!r}.",
+        ),
+    ]
+
+
+def _weights(request: Request) -> list[tuple[str, float | None]]:
+    """The weights of what is added to the model, with their options."""
+    return [
+        ("--control-scale", request.control_scale),
+        ("--ip-scale", request.ip_scale),
+        *((f"--lora {path}", weight) for path, weight in request.loras),
+    ]
