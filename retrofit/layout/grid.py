@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, NamedTuple
 
 from retrofit.runtime.errors import GridError
 
@@ -81,10 +82,49 @@ class TokenGrid:
         """The same grid with nothing around it."""
         return replace(self, num_prefix_tokens=0, num_suffix_tokens=0, num_frame_prefix_tokens=0)
 
+    def encode(self) -> tuple[int, ...]:
+        """Plain numbers for `decode`; a size that a traced graph leaves open becomes a constant."""
+        sizes = (self.frames, self.height, self.width)
+        special = (self.num_prefix_tokens, self.num_suffix_tokens, self.num_frame_prefix_tokens)
+        return tuple([len(range(size)) for size in (*sizes, *special)])
+
+    @classmethod
+    def decode(cls, code: Sequence[int]) -> TokenGrid:
+        """The grid that `encode` was called on."""
+        return cls(**dict(zip((item.name for item in fields(cls)), code, strict=True)))
+
     def __str__(self) -> str:
         """Short form for messages: `4x16x16 + 5 special`."""
         special = f" + {self.num_special_tokens} special" if self.num_special_tokens else ""
         return f"{self.frames}x{self.height}x{self.width}{special}"
+
+
+class Place(NamedTuple):
+    """Where tokens stand in the grid; integer tensors that broadcast."""
+
+    frame: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+
+
+def place_of(grid: TokenGrid, position: torch.Tensor) -> tuple[Place, torch.Tensor]:
+    """Places of tokens by their position in the sequence, and which of them are of the grid.
+
+    Args:
+        grid: Layout of the sequence.
+        position: int64, any shape.
+
+    Returns:
+        Places, those of special tokens being any of the grid's, and a bool tensor.
+    """
+    inside = grid.height * grid.width
+    place = position - grid.num_prefix_tokens
+    frame = place // (inside + grid.num_frame_prefix_tokens)
+    place = place % (inside + grid.num_frame_prefix_tokens) - grid.num_frame_prefix_tokens
+    is_grid = (frame >= 0) & (frame < grid.frames) & (place >= 0)
+    place = place.clamp(min=0)
+    frame = frame.clamp(0, grid.frames - 1)
+    return Place(frame, place // grid.width, place % grid.width), is_grid
 
 
 def split_positions(
@@ -108,12 +148,3 @@ def split_positions(
     ]
     tokens = frames + special + torch.arange(inside, device=device)
     return torch.cat(parts), tokens.flatten()
-
-
-def kept_pairs(grid: TokenGrid, fraction: float) -> float:
-    """Fraction of all query-key pairs, when `fraction` of those between grid tokens is kept.
-
-    Pairs with a special token on either side are always kept.
-    """
-    dropped = (1.0 - fraction) * grid.num_grid_tokens**2
-    return 1.0 - dropped / grid.num_tokens**2

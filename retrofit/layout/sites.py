@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from retrofit.layout.grid import TokenGrid
 
+LEARNED = "_retrofit"  # a patch's own submodule in an attention module: its learned parts
+
 GridReader = Callable[[Any, tuple[Any, ...], dict[str, Any]], TokenGrid]
 """Reads the grid of a module's inner sites from the arguments of its forward.
 
@@ -111,6 +113,7 @@ class Network:
     sites: tuple[AttentionSite, ...]
     levels: tuple[Level, ...] = ()
     grid_readers: Mapping[str, GridReader | ValueReader] = field(default_factory=dict)
+    has_frames: bool = False
     sample_size: tuple[int, int] | None = None
     unreachable: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
