@@ -88,7 +88,7 @@ def _block_runs(attention: Attention) -> dict[str, Callable[[], Any]]:
         kind="self",
         num_heads=shape.heads,
         head_dim=shape.head_dim,
-        grid_source="",
+        layout="grid",
     )
 
     def run(block: int, keep: float) -> Any:

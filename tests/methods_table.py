@@ -94,7 +94,7 @@ def make_call(
         num_heads=2,
         head_dim=8,
         level=0,
-        grid_source="",
+        layout="grid",
     )
     state = RunState()
     levels = tuple(Level(index=i, scale=2**i, has_attention=True, down_pairs=()) for i in range(2))

@@ -24,7 +24,7 @@ from retrofit.families.base import (
 )
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Network, ValueReader, argument
+from retrofit.layout.sites import AttentionSite, LayoutReader, Network, ValueReader, argument
 from retrofit.runtime.errors import GridError
 
 ARGUMENTS = {
@@ -87,7 +87,7 @@ def describe(module: Any) -> Network:
                 kind="joint",
                 num_heads=block.attn.heads,
                 head_dim=block.attn.head_dim,
-                grid_source="",
+                layout="picture",
             )
         )
         reason = explain_backend(block.attn.processor)
@@ -96,7 +96,7 @@ def describe(module: Any) -> Network:
     return Network(
         family=FAMILY.name,
         sites=tuple(sites),
-        grid_readers={"": ValueReader(read_ids, recall_ids)},
+        readers={"picture": LayoutReader("", ValueReader(read_ids, recall_ids))},
         unreachable=unreachable,
     )
 

@@ -11,7 +11,7 @@ from torch import nn
 from retrofit.families.base import Family, find_attention, find_multihead, has_parts
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Level, Network, argument
+from retrofit.layout.sites import AttentionSite, LayoutReader, Level, Network, argument
 from retrofit.runtime.errors import UnsupportedError
 
 DEFAULT = "call `set_default_attn_processor()` on the network"
@@ -70,7 +70,7 @@ def describe(module: Any) -> Network:
                 num_heads=attention.heads,
                 head_dim=attention.inner_dim // attention.heads,
                 level=level,
-                grid_source=source,
+                layout=source,
             )
         )
     unreachable = {
@@ -82,7 +82,7 @@ def describe(module: Any) -> Network:
         family=FAMILY.name,
         sites=tuple(sites),
         levels=_levels(module),
-        grid_readers={source: read_feature_map for _, _, source, _, _ in found},
+        readers={source: LayoutReader(source, read_feature_map) for _, _, source, _, _ in found},
         sample_size=_pair(getattr(module.config, "sample_size", None)),
         unreachable=unreachable | find_multihead(module),
     )

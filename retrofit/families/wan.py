@@ -17,7 +17,7 @@ from retrofit.families.base import (
 )
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Network, argument
+from retrofit.layout.sites import AttentionSite, LayoutReader, Network, argument
 
 ARGUMENTS = {
     "timestep",
@@ -60,7 +60,7 @@ def describe(module: Any) -> Network:
                     kind="self" if name == "attn1" else "cross",
                     num_heads=attention.heads,
                     head_dim=attention.inner_dim // attention.heads,
-                    grid_source="",
+                    layout="video",
                     num_calls=2 if has_parts(attention, "add_k_proj") else 1,
                 )
             )
@@ -70,7 +70,7 @@ def describe(module: Any) -> Network:
     return Network(
         family=FAMILY.name,
         sites=tuple(sites),
-        grid_readers={"": read_latents},
+        readers={"video": LayoutReader("", read_latents)},
         unreachable=unreachable,
     )
 

@@ -84,7 +84,7 @@ class FreeSwimConfig(Method):
 
     def refuses(self, network: Network) -> str | None:
         """Needs self-attention over a grid, and cross-attention to guide it."""
-        kinds = {site.kind for site in network.sites if site.grid_source is not None}
+        kinds = {site.kind for site in network.sites if site.layout is not None}
         if "self" not in kinds:
             return "it needs self-attention over a grid of known height and width"
         if self.dual_path and "cross" not in kinds:

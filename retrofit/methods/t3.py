@@ -70,7 +70,7 @@ class T3Config(Method):
 
     def refuses(self, network: Network) -> str | None:
         """Needs self-attention over a grid."""
-        if any(site.kind == "self" and site.grid_source is not None for site in network.sites):
+        if any(site.kind == "self" and site.layout is not None for site in network.sites):
             return None
         return "it needs self-attention over a grid of known height and width"
 

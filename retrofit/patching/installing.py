@@ -29,13 +29,15 @@ def install_network(
     refuse_nested(network, taken)
     refuse_patched(network)
     method, state = handle.recipe.method, handle.state
-    scopes = {site.grid_source: SizeScope() for site in taken if site.grid_source is not None}
+    layouts = dict.fromkeys(site.layout for site in taken if site.layout is not None)
+    readers = {name: description.readers[name] for name in layouts}
+    scopes = {name: SizeScope(network.where(reader.module)) for name, reader in readers.items()}
     sites = [
         AttendAtSite(
             site,
             method,
             state,
-            None if site.grid_source is None else scopes[site.grid_source],
+            None if site.layout is None else scopes[site.layout],
             network.where(site.path),
         )
         for site in taken
@@ -45,10 +47,9 @@ def install_network(
     handle.roots.append(root)
     for path, extra_handler in extra:
         handle.install(module_of(network, path), extra_handler, network.where(path))
-    for source, scope in scopes.items():
-        module = module_of(network, source)
-        reader = description.grid_readers[source]
-        handle.install(module, ReadGrid(module, reader, scope), network.where(source))
+    for name, reader in readers.items():
+        module, scope = module_of(network, reader.module), scopes[name]
+        handle.install(module, ReadGrid(module, reader.read, scope), scope.where)
     for site, handler in zip(taken, sites, strict=True):
         handle.install(module_of(network, site.path), handler, handler.where)
         handle.sites[handler.where] = handler

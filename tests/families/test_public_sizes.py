@@ -129,7 +129,7 @@ def test_wan_at_480p_reads_the_grid_of_its_latents():
         model = WanTransformer3DModel(**{**WAN21_1B, "num_layers": 1})
         latents = torch.empty(2, 16, 21, 60, 104)
     (found,) = find_networks(model)
-    reader = found.family.describe(model).grid_readers[""]
+    reader = found.family.describe(model).readers["video"].read
     grid = TokenGrid(frames=21, height=30, width=52)
     assert reader(model, (latents,), {}) == reader(model, (), {"hidden_states": latents}) == grid
 
@@ -156,7 +156,7 @@ def test_bert_base_has_one_site_a_layer_on_a_plain_sequence():
         f"encoder.layer.{i}.attention.self" for i in range(12)
     ]
     assert {(site.num_heads, site.head_dim) for site in network.sites} == {(12, 64)}
-    assert all(site.grid_source is None for site in network.sites)
+    assert all(site.layout is None for site in network.sites)
 
 
 VISION = {
@@ -212,4 +212,4 @@ def test_vision_models_of_public_sizes_have_their_sites_and_grids(name):
     assert len(network.sites) == layers
     assert {(site.num_heads, site.head_dim) for site in network.sites} == {(heads, head_dim)}
     pixels = torch.empty(1, 3, *size, device="meta")
-    assert network.grid_readers[""](None, (), {"pixel_values": pixels}) == grid
+    assert network.readers["picture"].read(None, (), {"pixel_values": pixels}) == grid

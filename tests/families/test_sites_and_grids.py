@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import retrofit
+from retrofit.families import FAMILIES
 from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import LayoutReader
 from retrofit.runtime.errors import GridError
 from tests.families.recording import DenseConfig, Recorder, clear_notes, describe
 from tests.tiny_models import FAMILY_MODELS, make_picture_inputs, make_vit
@@ -104,6 +107,31 @@ def test_grid_follows_the_size_from_call_to_call(name):
     with retrofit.patch(network, DenseConfig()):
         for odd, dense in zip(sizes, expected, strict=True):
             torch.testing.assert_close(model.call(network, model.make_inputs(odd=odd)), dense)
+
+
+def test_two_layouts_of_one_module_reach_their_own_sites(monkeypatch):
+    vit = FAMILIES["vit"]
+
+    def describe_both(module):
+        network = vit.describe(module)
+        first, *others = network.sites
+        readers = {
+            "picture": network.readers["picture"],
+            "text": LayoutReader("", lambda module, args, kwargs: TokenGrid(width=78)),
+        }
+        return replace(network, sites=(replace(first, layout="text"), *others), readers=readers)
+
+    model = FAMILY_MODELS["vit"]
+    network, inputs = model.make_model(), model.make_inputs(odd=True)
+    dense = model.call(network, inputs)
+    monkeypatch.setitem(FAMILIES, "vit", replace(vit, describe=describe_both))
+    clear_notes()
+    with retrofit.patch(network, DenseConfig()):
+        model.call(network, inputs)
+    first, *others = [grid for _, grid in DenseConfig.grids]
+    assert first == TokenGrid(width=78)
+    assert others == [ODD_GRIDS["vit"]] * len(others)
+    assert torch.equal(model.call(network, inputs), dense)
 
 
 def test_image_to_video_attends_to_the_picture_before_the_text():

@@ -26,7 +26,7 @@ def build_operator(config: Method, grid: TokenGrid, *, index: int = 0) -> Operat
         kind="self",
         num_heads=1,
         head_dim=1,
-        grid_source="",
+        layout="grid",
     )
     return config.build(site, grid, RunState())
 
