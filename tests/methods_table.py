@@ -350,7 +350,7 @@ TABLE: dict[str, Row] = {
     "t3-cycle": Row(
         config=T3Config(cycle=((3, 1, 1), (1, 2, 4), (2, 3, 2))),
         dense=T3Config(cycle=((1, 1, 1),)),
-        models=("wan-t2v", "vit"),
+        models=("wan-t2v", "wan-vace"),
         grids=(FRAMES, VIEWS, PHOTO, BETWEEN),
         seen=_boxes,
         takes_causal=False,

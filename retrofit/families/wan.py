@@ -71,6 +71,7 @@ def describe(module: Any) -> Network:
         family=FAMILY.name,
         sites=tuple(sites),
         readers={"video": LayoutReader("", read_latents)},
+        has_frames=True,
         unreachable=unreachable,
     )
 

@@ -115,6 +115,8 @@ class Network:
         sites: Every attention site, in order of execution.
         levels: Its resolutions, for a UNet.
         readers: For each `AttentionSite.layout`, where and how its grid is read.
+        has_frames: Whether the frames of its grids follow one another in time, as a video's do.
+            Views of a scene, which may come in any order, do not.
         sample_size: Height and width, in latents or else pixels, that it was trained at, where the
             config says.
         unreachable: Attention modules that never reach the interception point, with the reason.
@@ -125,6 +127,7 @@ class Network:
     sites: tuple[AttentionSite, ...]
     levels: tuple[Level, ...] = ()
     readers: Mapping[str, LayoutReader] = field(default_factory=dict)
+    has_frames: bool = False
     sample_size: tuple[int, int] | None = None
     unreachable: Mapping[str, str] = field(default_factory=dict)
     name: str = ""

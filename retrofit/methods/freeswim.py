@@ -83,7 +83,9 @@ class FreeSwimConfig(Method):
         return self.dual_path and self.cache_steps > 0
 
     def refuses(self, network: Network) -> str | None:
-        """Needs self-attention over a grid, and cross-attention to guide it."""
+        """Needs self-attention over the frames of a video, and cross-attention to guide it."""
+        if not network.has_frames:
+            return "it is for videos: it needs frames that follow one another in time"
         kinds = {site.kind for site in network.sites if site.layout is not None}
         if "self" not in kinds:
             return "it needs self-attention over a grid of known height and width"

@@ -69,7 +69,9 @@ class T3Config(Method):
             raise ConfigError(" ".join(problems))
 
     def refuses(self, network: Network) -> str | None:
-        """Needs self-attention over a grid."""
+        """Needs self-attention over the frames of a video."""
+        if not network.has_frames:
+            return "it is for videos: it needs frames that follow one another in time"
         if any(site.kind == "self" and site.layout is not None for site in network.sites):
             return None
         return "it needs self-attention over a grid of known height and width"
