@@ -34,7 +34,13 @@ ODD_GRIDS: dict[str, TokenGrid] = {
     "wan-ti2v": TokenGrid(frames=5, height=7, width=3),
     "wan-vace": TokenGrid(frames=5, height=7, width=3),
     "flux": TokenGrid(height=11, width=7, num_prefix_tokens=9),
-    "flux-kontext": TokenGrid(height=11, width=7, num_prefix_tokens=9, num_suffix_tokens=30),
+    "flux-kontext": TokenGrid(
+        height=11,
+        width=7,
+        num_prefix_tokens=9,
+        num_suffix_tokens=30,
+        references=((1, 5, 6),),
+    ),
 }
 ODD_LEVELS = [(19, 26), (10, 13), (5, 7), (3, 4)]
 UNETS = [name for name, model in FAMILY_MODELS.items() if model.family == "unet2d"]
