@@ -133,19 +133,3 @@ def explain_implementation(network: Any, attention: Any) -> str | None:
         f"its attention implementation is {name!r}, which does not call PyTorch's: load the model "
         'with `attn_implementation="sdpa"`, or call `model.set_attn_implementation("sdpa")`'
     )
-
-
-def explain_backend(processor: Any) -> str | None:
-    """Why the calls of a diffusers processor can't be reached, or None when they can.
-
-    Args:
-        processor: Of an attention that goes through diffusers' choice of backend.
-    """
-    backend = getattr(processor, "_attention_backend", None)
-    name = getattr(backend, "value", backend)
-    if name is None or str(name).startswith(("native", "_native")):
-        return None
-    return (
-        f"its attention backend is {str(name)!r}, which is not PyTorch's: call "
-        '`set_attention_backend("native")` on the network'
-    )

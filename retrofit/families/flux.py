@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from retrofit.families.base import (
     Family,
-    explain_backend,
     find_attention,
     has_parts,
     own_part,
     takes_only,
 )
+from retrofit.families.denoising import FoundAttention, list_sites
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, LayoutReader, Network, ValueReader, argument
+from retrofit.layout.sites import LayoutReader, Network, ValueReader, argument
 from retrofit.runtime.errors import GridError
 
 ARGUMENTS = {
@@ -77,25 +77,13 @@ def _blocks(module: Any) -> list[tuple[str, Any]]:
 
 def describe(module: Any) -> Network:
     """One site a block, over text and picture together."""
-    sites, unreachable = [], {}
-    for index, (path, block) in enumerate(_blocks(module)):
-        sites.append(
-            AttentionSite(
-                path=f"{path}.attn",
-                index=index,
-                block=index,
-                kind="joint",
-                num_heads=block.attn.heads,
-                head_dim=block.attn.head_dim,
-                layout="picture",
-            )
-        )
-        reason = explain_backend(block.attn.processor)
-        if reason is not None:
-            unreachable[f"{path}.attn"] = reason
+    sites, unreachable = list_sites(
+        FoundAttention(f"{path}.attn", block.attn, number, "joint", "picture")
+        for number, (path, block) in enumerate(_blocks(module))
+    )
     return Network(
         family=FAMILY.name,
-        sites=tuple(sites),
+        sites=sites,
         readers={"picture": LayoutReader("", ValueReader(read_ids, recall_ids))},
         unreachable=unreachable,
     )
