@@ -273,7 +273,7 @@ TABLE: dict[str, Row] = {
     "window-size": Row(
         config=WindowConfig(window_size=(2, 3, 4)),
         dense=WindowConfig(window_size=512),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "controlnet", "flux"),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "controlnet", "flux", "sd3"),
         grids=ANY,
         seen=_windows((2, 3, 4)),
     ),
@@ -315,7 +315,7 @@ TABLE: dict[str, Row] = {
     "block-sparse-keep": Row(
         config=BlockSparseConfig(keep=0.5, block_size=(8, 4)),
         dense=BlockSparseConfig(keep=1.0),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "flux-kontext"),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "flux-kontext", "sd35-medium"),
         grids=ANY,
         seen=_blocks(),
         takes_causal=False,
@@ -342,7 +342,7 @@ TABLE: dict[str, Row] = {
     "clear": Row(
         config=ClearConfig(radius=3),
         dense=ClearConfig(radius=512),
-        models=("flux", "flux-kontext", "vit", "sd15"),
+        models=("flux", "flux-kontext", "sd35-medium", "vit", "sd15"),
         grids=ANY,
         seen=_circles,
         takes_causal=False,
