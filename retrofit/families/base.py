@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,6 +32,8 @@ class Family:
         describe: Its sites, levels and grids; must work on the meta device.
         denoises: Whether this is what a pipeline calls at every step, patched when a pipeline is.
         inputs: How to make example inputs; None means that its patches can't be proved.
+        output: What its first output is, which decides what a comparison measures on it besides
+            the difference: a `prediction`, or `embeddings` of tokens, of which means are compared.
         behind: What its checkpoints run after this network, for predictions that leave it out.
     """
 
@@ -42,6 +44,7 @@ class Family:
     describe: Callable[[nn.Module], Network]
     denoises: bool = False
     inputs: Examples | None = None
+    output: Literal["prediction", "embeddings"] = "prediction"
     behind: str = ""
 
 

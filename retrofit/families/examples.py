@@ -54,6 +54,7 @@ class Examples:
         make: Keyword arguments of the forward, batch 1, float32, drawn from the generator.
         latent_scale: Frames and pixels that one latent frame and one latent stand for, where the
             checkpoint's autoencoder does not say.
+        first_timestep: Of a schedule, in the network's unit.
         packed: Latents along a side that pipelines pack into one token.
     """
 
@@ -63,6 +64,7 @@ class Examples:
     make: Callable[[Any, InputSize, torch.Generator], dict[str, Any]]
     latent_scale: tuple[int, int] = (1, 1)
     packed: int = 1
+    first_timestep: float = 999
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

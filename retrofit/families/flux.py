@@ -249,5 +249,6 @@ FAMILY = Family(
         make=_make_packed,
         latent_scale=(1, 8),
         packed=PACKED,
+        first_timestep=1.0,
     ),
 )

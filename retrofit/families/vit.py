@@ -161,5 +161,6 @@ FAMILY = Family(
     ),
     recognises=recognises,
     describe=describe,
+    output="embeddings",
     inputs=PICTURES,
 )

@@ -51,6 +51,7 @@ class FreeSwimConfig(Method):
         "above the training size of the checkpoint (480x832 for Wan 2.1 1.3B); never below it"
     )
     acts_with: ClassVar[str] = "a smaller window_size"
+    enlarges: ClassVar[bool] = True
 
     window_size: tuple[int, int] = (31, 53)
     dual_path: bool = True
