@@ -102,6 +102,11 @@ def _probe_sizes(module: Any) -> tuple[InputSize, ...]:
     )
 
 
+def _one_patch(module: Any) -> InputSize:
+    _, rows, columns = module.config.patch_size
+    return InputSize(height=rows, width=columns)
+
+
 def _make_latents(module: Any, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
     config = module.config
     shape = (size.frames, size.height, size.width)
@@ -135,6 +140,7 @@ FAMILY = Family(
         native=lambda module: InputSize(frames=21, height=60, width=104),
         probes=_probe_sizes,
         make=_make_latents,
+        least=_one_patch,
         latent_scale=(4, 8),
     ),
 )
