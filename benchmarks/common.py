@@ -197,7 +197,7 @@ def attend_by(
         kind="self",
         num_heads=shape.heads,
         head_dim=shape.head_dim,
-        grid_source="",
+        layout="grid",
     )
     call = AttentionCall(query=attention.query, key=attention.key, value=attention.value)
     return method.attend(site, layout, call, RunState())

@@ -110,7 +110,7 @@ def make_call(
         num_heads=2,
         head_dim=8,
         level=0,
-        grid_source="",
+        layout="grid",
     )
     state = RunState()
     levels = tuple(Level(index=i, scale=2**i, has_attention=True, down_pairs=()) for i in range(2))
@@ -320,7 +320,7 @@ TABLE: dict[str, Row] = {
     "window-size": Row(
         config=WindowConfig(window_size=(2, 3, 4)),
         dense=WindowConfig(window_size=512),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "controlnet", "flux"),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "controlnet", "flux", "sd3"),
         grids=ANY,
         seen=_windows((2, 3, 4)),
     ),
@@ -362,7 +362,7 @@ TABLE: dict[str, Row] = {
     "block-sparse-keep": Row(
         config=BlockSparseConfig(keep=0.5, block_size=(8, 4)),
         dense=BlockSparseConfig(keep=1.0),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "flux-kontext"),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "flux-kontext", "sd35-medium"),
         grids=ANY,
         seen=_blocks(),
         takes_causal=False,
@@ -389,7 +389,7 @@ TABLE: dict[str, Row] = {
     "clear": Row(
         config=ClearConfig(radius=3),
         dense=ClearConfig(radius=512),
-        models=("flux", "flux-kontext", "vit", "sd15"),
+        models=("flux", "flux-kontext", "sd35-medium", "vit", "sd15"),
         grids=ANY,
         seen=_circles,
         takes_causal=False,
@@ -397,7 +397,7 @@ TABLE: dict[str, Row] = {
     "t3-cycle": Row(
         config=T3Config(cycle=((3, 1, 1), (1, 2, 4), (2, 3, 2))),
         dense=T3Config(cycle=((1, 1, 1),)),
-        models=("wan-t2v", "vit"),
+        models=("wan-t2v", "wan-vace"),
         grids=(FRAMES, VIEWS, PHOTO, BETWEEN),
         seen=_boxes,
         takes_causal=False,

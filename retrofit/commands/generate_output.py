@@ -43,7 +43,7 @@ def say_expected_time(generator: Generator) -> None:
 
 def say_hint(generator: Generator) -> None:
     """Say what will not come out well."""
-    from retrofit.sampling.sizes import explain_size
+    from retrofit.sampling.advice import explain_size
 
     hint = explain_size(generator.request, generator.checkpoint)
     if hint is not None:

@@ -106,7 +106,7 @@ class _Run:
         self.seed = seed
         self.progress = progress
         self.network = network
-        self.metrics = metrics_for(self.network.family.name, len(inputs))
+        self.metrics = metrics_for(self.network.family.output, len(inputs))
         self.handles: dict[str, Patch] = {}
         self.calls: dict[str, dict[str, int]] = {DENSE: {}}
         self.seconds: dict[str, list[float]] = defaultdict(list)

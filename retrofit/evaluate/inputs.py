@@ -33,7 +33,6 @@ DEFAULT_COUNT = {"texts": 8, "pictures": 4, "drawn": 2}
 LONG_ENOUGH = 0.8  # of the tokens that a document is cut at
 PASSAGE = 6  # characters a token, so that a passage has enough of them
 STEPS = 4  # of the schedule that a denoising network runs through
-FIRST_TIMESTEP = 999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,16 +249,18 @@ def _drawn(network: FoundNetwork, choice: InputChoice, size: InputSize) -> list[
         arguments = examples.make(network.module, size, generator)
         name = f"{size}, seed {choice.seed + i}"
         if network.family.denoises:
-            calls = tuple(_at_step(arguments, step) for step in range(STEPS))
+            first = examples.first_timestep
+            calls = tuple(_at_step(arguments, first, step) for step in range(STEPS))
             inputs.append(ModelInput(name=name, calls=calls, network=network.name))
         else:
             inputs.append(_one_call(network, name, arguments))
     return inputs
 
 
-def _at_step(arguments: dict[str, Any], step: int) -> ModelCall:
+def _at_step(arguments: dict[str, Any], first: float, step: int) -> ModelCall:
     timestep = arguments["timestep"]
-    value = round(FIRST_TIMESTEP * (1 - step / STEPS))
+    value = first * (1 - step / STEPS)
+    value = value if timestep.is_floating_point() else round(value)
     arguments = {**arguments, "timestep": torch.full_like(timestep, value)}
     return ModelCall(arguments=arguments, step=(step, STEPS))
 

@@ -1,4 +1,4 @@
-"""What a comparison measures on outputs, for each family: a small list that others add to."""
+"""What a comparison measures on outputs, by what they are: small lists that others add to."""
 
 from __future__ import annotations
 
@@ -156,12 +156,12 @@ EMBEDDINGS: tuple[Metric, ...] = (
     _neighbours(1),
     _neighbours(5),
 )
-BY_FAMILY: dict[str, tuple[Metric, ...]] = {"encoder": EMBEDDINGS, "vit": EMBEDDINGS}
+BY_OUTPUT: dict[str, tuple[Metric, ...]] = {"prediction": (), "embeddings": EMBEDDINGS}
 
 
-def metrics_for(family: str, num_inputs: int) -> tuple[Metric, ...]:
-    """The metrics of a family that can be measured on so many inputs."""
-    metrics = (*COMMON, *BY_FAMILY.get(family, ()))
+def metrics_for(output: str, num_inputs: int) -> tuple[Metric, ...]:
+    """The metrics of a `Family.output` that can be measured on so many inputs."""
+    metrics = (*COMMON, *BY_OUTPUT[output])
     return tuple(
         metric
         for metric in metrics

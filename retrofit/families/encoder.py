@@ -76,5 +76,6 @@ FAMILY = Family(
     ),
     recognises=recognises,
     describe=describe,
+    output="embeddings",
     inputs=TEXT,
 )

@@ -52,8 +52,10 @@ class Examples:
         native: The size that the network was trained at, as its config says.
         probes: Small sizes, smallest first, of which one is large enough for most methods.
         make: Keyword arguments of the forward, batch 1, float32, drawn from the generator.
+        least: The smallest size that gives a token.
         latent_scale: Frames and pixels that one latent frame and one latent stand for, where the
             checkpoint's autoencoder does not say.
+        first_timestep: Of a schedule, in the network's unit.
         packed: Latents along a side that pipelines pack into one token.
     """
 
@@ -61,8 +63,10 @@ class Examples:
     native: Callable[[Any], InputSize]
     probes: Callable[[Any], tuple[InputSize, ...]]
     make: Callable[[Any, InputSize, torch.Generator], dict[str, Any]]
+    least: Callable[[Any], InputSize] = lambda module: InputSize(height=1, width=1)
     latent_scale: tuple[int, int] = (1, 1)
     packed: int = 1
+    first_timestep: float = 999
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -125,8 +129,18 @@ def _picture_probes(module: Any) -> tuple[InputSize, ...]:
     return native, InputSize(height=2 * native.height, width=2 * native.width)
 
 
+def _one_patch(module: Any) -> InputSize:
+    patch = getattr(module.config, "patch_size", 1)
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return InputSize(height=int(height), width=int(width))
+
+
 PICTURES = Examples(
-    axes=("size",), native=_picture_size, probes=_picture_probes, make=_make_pictures
+    axes=("size",),
+    native=_picture_size,
+    probes=_picture_probes,
+    make=_make_pictures,
+    least=_one_patch,
 )
 
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retrofit.runtime.errors import GridError
 
 if TYPE_CHECKING:
     import torch
+
+SPECIAL = ("num_prefix_tokens", "num_suffix_tokens", "num_frame_prefix_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,9 @@ class TokenGrid:
         num_prefix_tokens: Special tokens before the grid.
         num_suffix_tokens: Special tokens after the grid.
         num_frame_prefix_tokens: Special tokens in front of every frame.
+        references: Frames, height and width of further pictures, given beside the one that is made.
+            Their tokens, each picture's in raster order, are the first of the suffix tokens, which
+            count them; see `grid_with_references`.
     """
 
     frames: int = 1
@@ -35,6 +41,19 @@ class TokenGrid:
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
     num_frame_prefix_tokens: int = 0
+    references: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the suffix holds the references.
+
+        Raises:
+            GridError: If it is too short for them.
+        """
+        if self.references and self.num_reference_tokens > self.num_suffix_tokens:
+            raise GridError(
+                f"num_suffix_tokens: expected {self.num_reference_tokens} or more, the tokens of "
+                f"references {self.references}, got {self.num_suffix_tokens}. Count them there too."
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -47,8 +66,13 @@ class TokenGrid:
         return self.frames * self.height * self.width
 
     @property
+    def num_reference_tokens(self) -> int:
+        """Suffix tokens that have a place in a reference picture."""
+        return sum(math.prod(shape) for shape in self.references)
+
+    @property
     def num_special_tokens(self) -> int:
-        """Tokens that have none."""
+        """Tokens that have none; those of references are among them."""
         return (
             self.num_prefix_tokens
             + self.num_suffix_tokens
@@ -80,23 +104,29 @@ class TokenGrid:
 
     def without_special_tokens(self) -> TokenGrid:
         """The same grid with nothing around it."""
-        return replace(self, num_prefix_tokens=0, num_suffix_tokens=0, num_frame_prefix_tokens=0)
+        return TokenGrid(frames=self.frames, height=self.height, width=self.width)
 
     def encode(self) -> tuple[int, ...]:
         """Plain numbers for `decode`; a size that a traced graph leaves open becomes a constant."""
-        sizes = (self.frames, self.height, self.width)
-        special = (self.num_prefix_tokens, self.num_suffix_tokens, self.num_frame_prefix_tokens)
-        return tuple([len(range(size)) for size in (*sizes, *special)])
+        special = [getattr(self, name) for name in SPECIAL]
+        return tuple([len(range(size)) for size in (*self.shape, *special)])
 
     @classmethod
     def decode(cls, code: Sequence[int]) -> TokenGrid:
-        """The grid that `encode` was called on."""
-        return cls(**dict(zip((item.name for item in fields(cls)), code, strict=True)))
+        """The grid that `encode` was called on; reference pictures are special tokens of it."""
+        names = ("frames", "height", "width", *SPECIAL)
+        sizes: dict[str, Any] = dict(zip(names, code, strict=True))
+        return cls(**sizes)
 
     def __str__(self) -> str:
-        """Short form for messages: `4x16x16 + 5 special`."""
-        special = f" + {self.num_special_tokens} special" if self.num_special_tokens else ""
-        return f"{self.frames}x{self.height}x{self.width}{special}"
+        """Short form for messages: `4x16x16 + 1x8x8 reference + 5 special`."""
+        special = self.num_special_tokens - self.num_reference_tokens
+        parts = [
+            "x".join(map(str, self.shape)),
+            *("x".join(map(str, shape)) + " reference" for shape in self.references),
+            *([f"{special} special"] if special else []),
+        ]
+        return " + ".join(parts)
 
 
 class Place(NamedTuple):
@@ -148,3 +178,40 @@ def split_positions(
     ]
     tokens = frames + special + torch.arange(inside, device=device)
     return torch.cat(parts), tokens.flatten()
+
+
+class PlacedTokens(NamedTuple):
+    """The tokens that have a place in a picture or video, in the order of the sequence.
+
+    Attributes:
+        positions: Their positions in the sequence, int64 `[N]`, ascending.
+        pictures: Which picture each belongs to, int64 `[N]`: 0 is the grid, 1 the first reference.
+        places: Frame, row and column in that picture, int64 `[N, 3]`.
+    """
+
+    positions: torch.Tensor
+    pictures: torch.Tensor
+    places: torch.Tensor
+
+
+def grid_with_references(grid: TokenGrid, device: torch.device | str = "cpu") -> PlacedTokens:
+    """Tokens of the grid and of its reference pictures, for methods that treat them alike.
+
+    All other tokens are special: the complement of `positions`.
+    """
+    import torch
+
+    shapes = (grid.shape, *grid.references)
+    _, own = split_positions(grid, device)
+    first = grid.num_tokens - grid.num_suffix_tokens
+    further = torch.arange(first, first + grid.num_reference_tokens, device=device)
+    counts = torch.tensor([math.prod(shape) for shape in shapes], device=device)
+    places = [
+        torch.cartesian_prod(*(torch.arange(length, device=device) for length in shape))
+        for shape in shapes
+    ]
+    return PlacedTokens(
+        positions=torch.cat([own, further]),
+        pictures=torch.arange(len(shapes), device=device).repeat_interleave(counts),
+        places=torch.cat(places),
+    )

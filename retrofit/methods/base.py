@@ -30,6 +30,7 @@ class Method:
         summary: One line for people.
         paper: Where it was published.
         lossy: What happens to the output.
+        enlarges: Whether it is made for sizes above the training size.
         helps: From what size on it is worth its cost.
         idle: Why it may change nothing at all.
         acts_with: What to set that it does, a larger size aside.
@@ -44,6 +45,7 @@ class Method:
     acts_with: ClassVar[str] = ""
     lossy: ClassVar[str] = "lossy: the output differs from the dense model's"
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    enlarges: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         """Check the settings.
@@ -117,6 +119,16 @@ class Method:
         settings = f"with {self.acts_with}" if self.acts_with else ""
         advice = " or ".join(filter(None, (larger, settings)))
         return f"{what} changes nothing at {where}: {self.idle}. It acts {advice}."
+
+    def explain_run(self, native: str, area: float, steps: int | None) -> str | None:
+        """What to expect of a picture, where its settings do less than a user may hope for.
+
+        Args:
+            native: The training size, for people: `512x512`.
+            area: Pixels of the picture over those of the training size.
+            steps: Denoising steps, where they are known.
+        """
+        return None
 
     def handlers(self, network: Network, state: RunState) -> Sequence[tuple[str, Handler]]:
         """Further handlers by module path (`""` is the network itself), outermost first."""

@@ -91,7 +91,7 @@ class ClearConfig(Method):
 
     def refuses(self, network: Network) -> str | None:
         """Needs attention over a grid."""
-        if any(site.kind != "cross" and site.grid_source is not None for site in network.sites):
+        if any(site.kind != "cross" and site.layout is not None for site in network.sites):
             return None
         return "it needs attention over a grid of known height and width"
 

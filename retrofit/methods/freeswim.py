@@ -50,6 +50,7 @@ class FreeSwimConfig(Method):
         "above the training size of the checkpoint (480x832 for Wan 2.1 1.3B); never below it"
     )
     acts_with: ClassVar[str] = "a smaller window_size"
+    enlarges: ClassVar[bool] = True
 
     window_size: tuple[int, int] = (31, 53)
     dual_path: bool = True
@@ -77,8 +78,10 @@ class FreeSwimConfig(Method):
         return self.dual_path and self.cache_steps > 0
 
     def refuses(self, network: Network) -> str | None:
-        """Needs self-attention over a grid, and cross-attention to guide it."""
-        kinds = {site.kind for site in network.sites if site.grid_source is not None}
+        """Needs self-attention over the frames of a video, and cross-attention to guide it."""
+        if not network.has_frames:
+            return "it is for videos: it needs frames that follow one another in time"
+        kinds = {site.kind for site in network.sites if site.layout is not None}
         if "self" not in kinds:
             return "it needs self-attention over a grid of known height and width"
         if self.dual_path and "cross" not in kinds:

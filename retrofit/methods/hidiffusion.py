@@ -53,6 +53,7 @@ class HiDiffusionConfig(Method):
     helps: ClassVar[str] = "above the training size (512x512 for SD 1.x, 1024x1024 for SDXL)"
     idle: ClassVar[str] = "its windows are off, and no feature is halved at this size and step"
     acts_with: ClassVar[str] = "windows set to true"
+    enlarges: ClassVar[bool] = True
 
     windows: bool = True
     raunet: bool = True
@@ -101,6 +102,20 @@ class HiDiffusionConfig(Method):
         if self.raunet and network.sample_size is None:
             return "its config does not say the training size (sample_size)"
         return None
+
+    def explain_run(self, native: str, area: float, steps: int | None) -> str | None:
+        """Where nothing is halved."""
+        if not self.raunet:
+            return None
+        if area <= 1 and self.windows:
+            return f"at or below {native} {self.name} halves nothing, only windows act."
+        fraction = max(*self.first_steps, *self.second_steps)
+        if steps is None or int(steps * fraction) >= 1:
+            return None
+        return (
+            f"{self.name} halves the first {fraction:.0%} of the steps, which is none of {steps}. "
+            "Take more --steps, or raise first_steps with --set."
+        )
 
     def skips(self, site: AttentionSite, network: Network) -> str | None:
         """Windows act on the self-attention of the highest resolution that has any."""

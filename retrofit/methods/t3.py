@@ -61,8 +61,10 @@ class T3Config(Method):
         return problems
 
     def refuses(self, network: Network) -> str | None:
-        """Needs self-attention over a grid."""
-        if any(site.kind == "self" and site.grid_source is not None for site in network.sites):
+        """Needs self-attention over the frames of a video."""
+        if not network.has_frames:
+            return "it is for videos: it needs frames that follow one another in time"
+        if any(site.kind == "self" and site.layout is not None for site in network.sites):
             return None
         return "it needs self-attention over a grid of known height and width"
 

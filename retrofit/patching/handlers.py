@@ -12,17 +12,23 @@ from retrofit.runtime.intercept import Forward
 
 
 class SizeScope:
-    """The grid that a module with a view of the size has read in its latest forward."""
+    """The grid of one layout, as read in the latest forward of the module that sees the size.
 
-    def __init__(self) -> None:
-        """Start without one."""
+    Attributes:
+        where: That module, for messages.
+        grid: What was read; None before the first call.
+    """
+
+    def __init__(self, where: str) -> None:
+        """Start without a grid."""
+        self.where = where
         self.grid: TokenGrid | None = None
         # what a `ValueReader` read, by the number of tokens without the prefix
         self.known: dict[int, TokenGrid] = {}
 
 
 class ReadGrid:
-    """Handler of a module that sees the size its inner sites can't see."""
+    """Handler of a module that sees the size its inner sites can't see, for one layout."""
 
     def __init__(self, module: Any, reader: GridReader | ValueReader, scope: SizeScope) -> None:
         """Read with `reader`, write to `scope`."""

@@ -36,8 +36,9 @@ def install_network(
     refuse_nested(network, taken)
     refuse_patched(network)
     state, control, recipe = handle.state, handle.control, handle.recipe
-    sources = {found.site.grid_source for found in taken} - {None}
-    scopes = {source: SizeScope() for source in sources}
+    layouts = dict.fromkeys(found.site.layout for found in taken if found.site.layout is not None)
+    readers = {name: description.readers[name] for name in layouts}
+    scopes = {name: SizeScope(network.where(reader.module)) for name, reader in readers.items()}
     sites = [
         AttendAtSite(
             found.site,
@@ -50,7 +51,7 @@ def install_network(
                 for rule in found.rules
             ],
             state,
-            scopes.get(found.site.grid_source),
+            None if found.site.layout is None else scopes[found.site.layout],
             network.where(found.site.path),
             control,
         )
@@ -68,10 +69,9 @@ def install_network(
     for path, extra_handler in extra:
         switched = Switched(extra_handler, control)
         handle.install(module_of(network, path), switched, network.where(path))
-    for source, scope in scopes.items():
-        module = module_of(network, str(source))
-        reader = description.grid_readers[str(source)]
-        handle.install(module, ReadGrid(module, reader, scope), network.where(str(source)))
+    for name, reader in readers.items():
+        module, scope = module_of(network, reader.module), scopes[name]
+        handle.install(module, ReadGrid(module, reader.read, scope), scope.where)
     for found, handler in zip(taken, sites, strict=True):
         module = module_of(network, found.site.path)
         _register_learned(module, handler, description)

@@ -199,8 +199,8 @@ class AttendAtSite:
         grid = self.scope.grid
         if grid is None:
             raise InterceptionError(
-                f"{self.where}: ran outside {self.site.grid_source or 'its network'}, which alone "
-                "sees the size. Call the whole network."
+                f"{self.where}: ran outside {self.scope.where}, which alone sees the size. "
+                "Call the whole network."
             )
         if self.site.scope == "frame":
             grid = grid.one_frame()

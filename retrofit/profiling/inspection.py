@@ -252,9 +252,17 @@ def _network_size(
         )
     if pixels > 1 and "frames" not in examples.axes:  # video pipelines round sizes themselves
         refuse_off_grid(asked.width, asked.height, pixels * examples.packed)
-    return InputSize(
+    size = InputSize(
         height=-(-asked.height // pixels), width=-(-asked.width // pixels), frames=frames
     )
+    least = examples.least(network.module)
+    if size.height < least.height or size.width < least.width:
+        raise InputError(
+            f"--size {asked.width}x{asked.height}: expected {least.width * pixels}x"
+            f"{least.height * pixels} pixels or more, which are one token of {where}, got fewer. "
+            "Take a larger one."
+        )
+    return size
 
 
 def _latent_scale(checkpoint: Checkpoint, network: FoundNetwork) -> tuple[int, int] | None:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from retrofit.runtime.errors import NonFiniteError, RetrofitError
 from retrofit.runtime.versions import current_versions
+from retrofit.sampling.advice import enlarging_methods
 from retrofit.sampling.png import write_png
 from retrofit.sampling.watching import DTYPES, Watch
 
@@ -85,7 +86,7 @@ def run_batch(
     if progress is not None:
         progress(name, 0, watch.num_steps)
     started = time.perf_counter()
-    with explaining_out_of_memory(request), watch:
+    with explaining_out_of_memory(request, pipeline), watch:
         output = pipeline(**arguments)
     seconds = time.perf_counter() - started
     images = [_to_image(pixels, output, i, request) for i, pixels in enumerate(output.images)]
@@ -188,7 +189,7 @@ def _to_image(pixels: np.ndarray, output: Any, place: int, request: Request) -> 
 
 
 @contextmanager
-def explaining_out_of_memory(request: Request) -> Iterator[None]:
+def explaining_out_of_memory(request: Request, pipeline: Any) -> Iterator[None]:
     """Name the switches that help.
 
     Raises:
@@ -202,13 +203,14 @@ def explaining_out_of_memory(request: Request) -> Iterator[None]:
             words in text for words in OUT_OF_MEMORY
         ):
             raise
+        methods = [] if request.recipe else enlarging_methods(pipeline)
         helps = [
             "--batch 1" if request.batch > 1 else "",
             "" if request.vae_tiling else "--vae-tiling",
             "--offload model" if request.offload == "none" and request.device != "cpu" else "",
             "--offload sequential" if request.offload == "model" else "",
             "--dtype bfloat16" if request.dtype in (None, "float32") else "",
-            "--method hidiffusion" if request.recipe is None else "",
+            *(f"--method {name}" for name in methods),
             "a smaller --size",
         ]
         raise RetrofitError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
@@ -36,11 +37,11 @@ def find_image_checkpoint(request: Request) -> Checkpoint:
         classes = getattr(auto_pipeline, f"AUTO_{table}_PIPELINES_MAPPING").values()
         if name in {cls.__name__ for cls in classes}:
             return checkpoint
-    is_known = hasattr(diffusers, name)
-    makes_video = any(word in name for word in ("Video", "Wan", "LTX", "Mochi", "Hunyuan"))
+    cls = getattr(diffusers, name, None)
+    makes_video = cls is not None and "num_frames" in inspect.signature(cls.__call__).parameters
     raise UnsupportedError(
         f"{checkpoint.name}: expected a text-to-image pipeline, got {name}"
-        f"{', which makes videos' if is_known and makes_video else ''}. Give a checkpoint that "
+        f"{', which makes videos' if makes_video else ''}. Give a checkpoint that "
         "makes pictures, such as Stable Diffusion's."
     )
 
@@ -123,31 +124,3 @@ def preview_size(request: Request, checkpoint: Checkpoint) -> tuple[int, int] | 
     sides = (request.width, request.height)
     width, height = (max(multiple, round(s * shrink / multiple) * multiple) for s in sides)
     return width, height
-
-
-def explain_size(request: Request, checkpoint: Checkpoint) -> str | None:
-    """What to expect of a size and of few steps, where that is not what the user hopes for."""
-    native = native_size(checkpoint)
-    if native is None or request.width is None or request.height is None:
-        return None
-    area = request.width * request.height / (native[0] * native[1])
-    has_unet = "unet" in checkpoint.classes
-    if request.recipe is None:
-        if has_unet and area > 1.5 and request.image is None:
-            return (
-                f"trained at {native[0]}x{native[1]}: above it objects repeat. "
-                "Add --method hidiffusion."
-            )
-        return None
-    parameters = request.recipe.get("parameters", {})
-    if request.recipe.get("method") != "hidiffusion" or not parameters.get("raunet"):
-        return None
-    if area <= 1 and parameters.get("windows"):
-        return f"at or below {native[0]}x{native[1]} hidiffusion halves nothing, only windows act."
-    fractions = (*parameters["first_steps"], *parameters["second_steps"])
-    if request.steps is not None and int(request.steps * max(fractions)) < 1:
-        return (
-            f"hidiffusion halves the first {max(fractions):.0%} of the steps, which is none of "
-            f"{request.steps}. Try --recipe unet2d_hidiffusion_turbo, or --steps 4."
-        )
-    return None

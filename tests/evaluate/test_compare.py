@@ -230,9 +230,9 @@ def test_neighbour_agreement_counts_the_neighbours_that_stay() -> None:
 
 
 def test_neighbours_are_left_out_where_there_are_too_few_inputs() -> None:
-    assert "neighbours_top5" not in {m.name for m in metrics_for("encoder", 19)}
-    assert "neighbours_top5" in {m.name for m in metrics_for("encoder", 20)}
-    assert [m.name for m in metrics_for("unet2d", 99)] == ["relative_error", "cosine"]
+    assert "neighbours_top5" not in {m.name for m in metrics_for("embeddings", 19)}
+    assert "neighbours_top5" in {m.name for m in metrics_for("embeddings", 20)}
+    assert [m.name for m in metrics_for("prediction", 99)] == ["relative_error", "cosine"]
 
 
 def test_spread_gives_median_and_quantiles() -> None:

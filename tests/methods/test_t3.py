@@ -130,15 +130,6 @@ def test_wrong_settings_are_refused(cycle, message):
         T3Config(cycle=cycle)
 
 
-def test_a_network_without_a_grid_is_refused():
-    import retrofit
-    from retrofit.runtime.errors import UnsupportedError
-    from tests.tiny_models import make_bert
-
-    with pytest.raises(UnsupportedError, match="self-attention over a grid"):
-        retrofit.patch(make_bert(), "t3")
-
-
 def test_one_box_for_the_whole_grid_is_dense():
     config, grid = T3Config(cycle=((1, 1, 1),)), TokenGrid(frames=3, height=8, width=10)
     assert build(config, grid).is_dense

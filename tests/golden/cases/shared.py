@@ -18,7 +18,7 @@ from retrofit.patching.sites import AttendAtSite
 from retrofit.patterns import AttentionCall, Pattern
 
 ALONE = AttentionSite(
-    path="attention", index=0, block=0, kind="self", num_heads=1, head_dim=1, grid_source=""
+    path="attention", index=0, block=0, kind="self", num_heads=1, head_dim=1, layout="grid"
 )
 
 
