@@ -16,6 +16,7 @@ import yaml
 
 from retrofit.methods import METHODS, Method
 from retrofit.runtime.errors import ConfigError, NotFoundError, suggest
+from retrofit.runtime.reading import YAML_BYTES, parse_yaml, read_text
 
 KEYS = ("family", "method", "parameters", "sites", "components", "description")
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
@@ -107,7 +108,7 @@ class Recipe:
             ConfigError: If it is not a valid recipe.
         """
         try:
-            text = Path(path).read_text()
+            text = read_text(path, YAML_BYTES)
         except (OSError, UnicodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise NotFoundError(
@@ -115,10 +116,9 @@ class Recipe:
                 f"shipped recipe. {suggest(Path(path).stem, shipped_recipes())}"
             ) from error
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            line = str(error).replace("\n", " ")
-            raise ConfigError(f"{path}: expected YAML: {line}") from error
+            data = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{path}: expected YAML: {error}.") from error
         return cls.from_dict(data, str(path))
 
     def to_yaml(self) -> str:
