@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from retrofit.runtime.errors import CheckpointError, NotFoundError
+from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -174,7 +175,7 @@ def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text())
+        values = parse_json(read_bytes(file, JSON_BYTES))
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file}: expected json, got {error}. Write it again.") from error
     if not isinstance(values, dict):

@@ -8,13 +8,11 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from retrofit.checkpoints.fingerprint import FileRecord
 from retrofit.runtime.errors import CheckpointError, VerificationError
-
-if TYPE_CHECKING:
-    pass
+from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes
 
 MANIFEST = "retrofit.json"
 SCHEMA = 1
@@ -60,7 +58,7 @@ class Manifest:
         """
         where = folder / MANIFEST
         try:
-            data = json.loads(where.read_text())
+            data = parse_json(read_bytes(where, JSON_BYTES))
         except ValueError as error:
             raise CheckpointError(f"{where}: expected JSON: {error}. {_PATCH_AGAIN}") from error
         schema = data.get("schema") if isinstance(data, dict) else None
