@@ -166,9 +166,15 @@ def _local_weights(folder: Path) -> list[Path]:
 
 def _shard_names(index: Path) -> list[str]:
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a weight_map. Download it again.")
+    if not isinstance(weight_map, dict) or not all(map(_is_shard, weight_map.values() or [None])):
+        raise CheckpointError(
+            f"{index}: expected a weight_map from tensors to files beside it. Download it again."
+        )
     return sorted(set(weight_map.values()))
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -12,7 +12,8 @@ from retrofit.runtime.reading import require_regular
 
 BLOB = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")  # named after its own sha1 or sha256
 NOT_THE_CHECKPOINT = {".git", ".cache", "__pycache__"}
-MOST_FILES = 100_000  # links between folders can make many of few
+MOST_FILES = 100_000
+MOST_LINKS = 500  # to folders, which can make endlessly many files of few
 
 
 def is_plain_name(name: str) -> bool:
@@ -32,21 +33,26 @@ def list_files(root: Path) -> dict[str, Path]:
     Links are followed within the checkpoint and into a hub cache, whose snapshots are links.
 
     Raises:
-        InputError: If a link leads elsewhere or nowhere, or something is neither file nor folder.
-        OSError: If a folder can't be read.
+        InputError: If a link leads elsewhere or nowhere, something is neither file nor folder, or
+            a folder can't be read.
     """
     found: dict[str, Path] = {}
-    for number, (path, is_file) in enumerate(_walk(root, root, (root.resolve(),))):
+    links = 0
+    for path, is_file in _walk(root, root, (root.resolve(),)):
         if is_file:
             found[path.relative_to(root).as_posix()] = path
-        if number >= MOST_FILES:
-            raise InputError(f"{root}: expected at most {MOST_FILES} files and folders, got more.")
+        links += not is_file and path.is_symlink()
+        if len(found) > MOST_FILES or links > MOST_LINKS:
+            raise InputError(
+                f"{root}: expected at most {MOST_FILES} files and {MOST_LINKS} links to folders, "
+                "got more. Give the folder of the checkpoint alone."
+            )
     return found
 
 
 def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[tuple[Path, bool]]:
     """What is in a folder, and whether it is a file; a folder that it lies in is left out."""
-    for entry in sorted(os.scandir(folder), key=lambda entry: entry.name):
+    for entry in scan(folder):
         path = Path(entry.path)
         if entry.is_symlink():
             _check_link(path, root)
@@ -56,6 +62,21 @@ def _walk(folder: Path, root: Path, above: tuple[Path, ...]) -> Iterator[tuple[P
         elif entry.name not in NOT_THE_CHECKPOINT and (real := path.resolve()) not in above:
             yield path, False
             yield from _walk(path, root, (*above, real))
+
+
+def scan(folder: Path) -> list[os.DirEntry[str]]:
+    """What is in a folder, by name.
+
+    Raises:
+        InputError: If it can't be read.
+    """
+    try:
+        return sorted(os.scandir(folder), key=lambda entry: entry.name)
+    except PermissionError as error:
+        raise InputError(
+            f"{folder}: a folder that can't be read ({error.strerror}). Change its permissions, as "
+            f"in chmod u+rx {folder}"
+        ) from error
 
 
 def _check_link(link: Path, root: Path) -> None:

@@ -9,9 +9,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoints import PARTIAL
 from retrofit.runtime.errors import InputError, NotFoundError
-from retrofit.runtime.outputs import make_folders, refuse_file
+from retrofit.runtime.outputs import PARTIAL, make_folders, refuse_file
 from retrofit.runtime.reading import PICTURE_BYTES, open_regular, parse_json
 
 if TYPE_CHECKING:
