@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from retrofit.artifact.writing import list_files
 from retrofit.checkpoints import Checkpoint, find_checkpoint
 from retrofit.checkpoints.fingerprint import hash_file
 from retrofit.checkpoints.manifest import MANIFEST, RESTORE, Manifest
+from retrofit.checkpoints.places import list_files
 from retrofit.runtime.child_process import run_child
 from retrofit.runtime.errors import CheckpointError, RetrofitError, VerificationError
 

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from retrofit.runtime.reading import open_regular
 
 CHUNK = 1 << 20
 SAMPLE = 1 << 16
@@ -44,9 +47,9 @@ class FileRecord:
 
 def sample_file(file: Path) -> str:
     """sha256 of a file's size and of pieces spread evenly over it, its ends included."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
         for i in range(SAMPLES):
             stream.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
             digest.update(stream.read(SAMPLE))
@@ -56,7 +59,7 @@ def sample_file(file: Path) -> str:
 def hash_file(file: Path, advance: Callable[[int], object] = lambda amount: None) -> str:
     """sha256 of a file; `advance` is told of every number of bytes read."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
             advance(len(chunk))

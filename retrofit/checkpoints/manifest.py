@@ -7,14 +7,13 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 from retrofit.checkpoints.fingerprint import FileRecord
+from retrofit.checkpoints.places import is_inside, is_plain_name
 from retrofit.runtime.errors import CheckpointError, VerificationError
-
-if TYPE_CHECKING:
-    pass
+from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes
 
 MANIFEST = "retrofit.json"
 SCHEMA = 1
@@ -60,7 +59,7 @@ class Manifest:
         """
         where = folder / MANIFEST
         try:
-            data = json.loads(where.read_text())
+            data = parse_json(read_bytes(where, JSON_BYTES))
         except ValueError as error:
             raise CheckpointError(f"{where}: expected JSON: {error}. {_PATCH_AGAIN}") from error
         schema = data.get("schema") if isinstance(data, dict) else None
@@ -84,6 +83,12 @@ class Manifest:
             records = {key: _read_files(data[key]) for key in ("files", "configs")}
         except (TypeError, AttributeError) as error:
             raise CheckpointError(f"{where}: files: {error}. {_PATCH_AGAIN}") from error
+        single = data["single_file"]
+        if single != "" and (single not in records["files"] or not is_plain_name(single)):
+            raise CheckpointError(
+                f"{where}: single_file: expected the name of one of its files, or none, got "
+                f"{single!r}. {_PATCH_AGAIN}"
+            )
         rest = {k: v for k, v in data.items() if k not in ("schema", "digest", *records)}
         return cls(**{**rest, **records, "family": tuple(data["family"])})
 
@@ -151,7 +156,7 @@ def _digest(data: Mapping[str, Any]) -> str:
 
 def _read_files(data: Mapping[str, Any]) -> dict[str, FileRecord]:
     for path in data:
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
+        if not is_inside(path):
             raise TypeError(f"{path!r} leads out of the checkpoint")
     return {path: FileRecord(**record) for path, record in data.items()}
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import shlex
 from collections import Counter
@@ -13,11 +13,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from retrofit.runtime.errors import CheckpointError
+from retrofit.runtime.reading import JSON_BYTES, open_regular, parse_json, read_bytes
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 BASES = ("model", "diffusion_pytorch_model")
 SHARD = re.compile(r".*-\d{5}-of-\d{5}(\..+)?\.safetensors")
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+HEADER_BYTES = 100_000_000
 AGAIN = "Fetch the checkpoint again."
 
 
@@ -64,14 +66,16 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: If the file is cut short, too long, or not safetensors.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise _corrupt(file, f"a header of {length} bytes in a file of {size}")
+        if length > HEADER_BYTES:
+            raise _corrupt(file, f"a header of {length} bytes, {HEADER_BYTES} at most")
         text = stream.read(length)
     try:
-        data = json.loads(text)
+        data = parse_json(text)
         tensors = {
             name: _tensor_info(entry) for name, entry in data.items() if name != "__metadata__"
         }
@@ -166,7 +170,7 @@ def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -
 
 def _read_index(index: Path) -> dict[str, Any]:
     try:
-        data = json.loads(index.read_text())
+        data = parse_json(read_bytes(index, JSON_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{index}: expected JSON: {error}. {AGAIN}") from error
     shards = data.get("weight_map") if isinstance(data, dict) else None

@@ -66,7 +66,9 @@ def run(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option("--seed", help="Of the inputs.", rich_help_panel=SIZE, max=options.MAX_SEED),
+        typer.Option(
+            "--seed", help="Of the inputs.", rich_help_panel=SIZE, min=0, max=options.MAX_SEED
+        ),
     ] = 0,
     rounds: Annotated[
         int | None,

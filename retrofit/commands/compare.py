@@ -81,7 +81,9 @@ def run(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option("--seed", help="Of the inputs.", rich_help_panel=INPUTS, max=options.MAX_SEED),
+        typer.Option(
+            "--seed", help="Of the inputs.", rich_help_panel=INPUTS, min=0, max=options.MAX_SEED
+        ),
     ] = 0,
     rounds: Annotated[
         int,

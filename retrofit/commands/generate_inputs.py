@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.commands.console import say
 from retrofit.runtime.errors import InputError, NotFoundError
+from retrofit.runtime.reading import read_text
 
 if TYPE_CHECKING:
     from retrofit.sampling import Generator
@@ -41,7 +42,7 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if file is None:
         return list(prompts or [])
     try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = read_text(file.expanduser()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text in UTF-8"
         raise NotFoundError(

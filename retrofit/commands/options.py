@@ -132,7 +132,7 @@ def read_settings(settings: list[str] | None) -> dict[str, Any]:
     Raises:
         ConfigError: If one has no value, or is the word that people read both ways.
     """
-    import yaml
+    from retrofit.runtime.reading import parse_yaml
 
     values: dict[str, Any] = {}
     for setting in settings or []:
@@ -146,8 +146,8 @@ def read_settings(settings: list[str] | None) -> dict[str, Any]:
                 "of the work, keep=0.9 leaves nine tenths."
             )
         try:
-            values[name] = _as_number(yaml.safe_load(text))
-        except yaml.YAMLError as error:
+            values[name] = _as_number(parse_yaml(text))
+        except ValueError as error:
             raise ConfigError(
                 f"--set {setting}: expected a number, a word or a list like [1,2], got {text!r}."
             ) from error

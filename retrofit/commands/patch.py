@@ -65,7 +65,11 @@ def run(
     seed: Annotated[
         int,
         typer.Option(
-            "--seed", help="Of the probe.", rich_help_panel=options.WHERE, max=options.MAX_SEED
+            "--seed",
+            help="Of the probe.",
+            rich_help_panel=options.WHERE,
+            min=0,
+            max=options.MAX_SEED,
         ),
     ] = 0,
     device: options.Device = None,

@@ -14,6 +14,7 @@ import yaml
 from retrofit.methods import METHODS, Method
 from retrofit.patching.settings import as_plain_data, make_method, unknown_key
 from retrofit.runtime.errors import ConfigError, NotFoundError, suggest
+from retrofit.runtime.reading import YAML_BYTES, parse_yaml, read_text
 
 COMMON = ("family", "components", "description")
 RULE_KEYS = ("method", "parameters", "sites", "heads", "steps")
@@ -208,7 +209,7 @@ class Recipe:
             ConfigError: If it is not a valid recipe.
         """
         try:
-            text = Path(path).read_text()
+            text = read_text(path, YAML_BYTES)
         except (OSError, UnicodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise NotFoundError(
@@ -216,10 +217,9 @@ class Recipe:
                 f"shipped recipe. {suggest(Path(path).stem, shipped_recipes())}"
             ) from error
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            line = str(error).replace("\n", " ")
-            raise ConfigError(f"{path}: expected YAML: {line}") from error
+            data = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{path}: expected YAML: {error}.") from error
         return cls.from_dict(data, str(path))
 
     def to_yaml(self) -> str:

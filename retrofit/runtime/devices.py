@@ -40,6 +40,8 @@ def pick_device(asked: str | None, *, fall_back: bool = False) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torch.empty(1, device=asked)
+        if torch.device(asked).type == "cpu" and torch.device(asked).index:
+            raise RuntimeError("there is one CPU")  # PyTorch takes any number
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         if fall_back:
             return "cpu"

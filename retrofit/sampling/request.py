@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrofit.runtime.errors import ConfigError, InputError, NotFoundError
+from retrofit.runtime.reading import PICTURE_BYTES, read_bytes
 
 Offload = Literal["none", "model", "sequential"]
 SEED_LIMIT = 2**63
@@ -46,8 +48,8 @@ class InputFile:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            data = Path(path).expanduser().read_bytes()
-            with Image.open(Path(path).expanduser()) as picture:
+            data = read_bytes(Path(path).expanduser(), PICTURE_BYTES)
+            with Image.open(io.BytesIO(data)) as picture:
                 picture.load()
         except UnidentifiedImageError as error:
             raise InputError(

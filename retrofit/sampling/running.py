@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 
 from retrofit.runtime.errors import NonFiniteError, RetrofitError
+from retrofit.runtime.reading import PICTURE_BYTES, open_regular
 from retrofit.runtime.versions import current_versions
 from retrofit.sampling.advice import enlarging_methods
 from retrofit.sampling.png import write_png
@@ -158,7 +159,8 @@ def _pictures_in(request: Request, known: set[str]) -> dict[str, Any]:
 
 
 def _read(file: InputFile, request: Request | None, mode: str = "RGB") -> Image.Image:
-    with Image.open(Path(file.path).expanduser()) as opened:
+    path = Path(file.path).expanduser()
+    with open_regular(path, PICTURE_BYTES) as stream, Image.open(stream) as opened:
         picture = opened.convert(mode)
     if request is None or request.width is None or request.height is None:
         return picture

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from retrofit.checkpoints import PARTIAL, find_checkpoint
+from retrofit.checkpoints import find_checkpoint
 from retrofit.commands.generate_inputs import read_lora
 from retrofit.runtime.errors import InputError, UnsupportedError
+from retrofit.runtime.outputs import PARTIAL
 from retrofit.sampling import Generator, InputFile, Request
 from retrofit.sampling.pipelines import set_scheduler
 from retrofit.sampling.png import name_outputs, read_record, write_png
