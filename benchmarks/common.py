@@ -18,7 +18,7 @@ import torch
 
 from benchmarks.peers import Missing
 from retrofit.profiling.bench.lines import Line
-from retrofit.runtime.timing import load_average, pin_to_one_core, processor_name
+from retrofit.runtime.machine import load_average, pin_to_one_core, processor_name
 from retrofit.runtime.versions import library_versions
 
 Reader = Callable[[str], Any]

@@ -24,7 +24,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import retrofit
 from retrofit.evaluate.measure import describe_machine
 from retrofit.patching.recipe import Recipe, shipped_recipes
-from retrofit.runtime.timing import LONG, load_average
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import LONG
 
 STEPS = 50
 SMALL, MODEL = "shapes", Path(__file__).parent / "model" / "unet"

@@ -74,7 +74,7 @@ def bench_operators(choice: TourChoice, plot: Path | None, *, show: bool) -> dic
 def _describe_machine(device: str) -> dict[str, Any]:
     import torch
 
-    from retrofit.runtime.timing import load_average, processor_name
+    from retrofit.runtime.machine import load_average, processor_name
     from retrofit.runtime.versions import library_versions
 
     return {

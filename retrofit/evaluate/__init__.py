@@ -27,7 +27,8 @@ from retrofit.patching.networks import FoundNetwork
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
 from retrofit.runtime.errors import InputError, NonFiniteError
-from retrofit.runtime.timing import Spread, load_average
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Spread
 
 MEASURED_INPUTS = 8  # inputs on which the kept fraction is measured, before anything is timed
 NOISE = 0.25  # dense times of one input that differ by more than this make a run noisy

@@ -17,7 +17,7 @@ from retrofit.evaluate.truth import TrueScene
 from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.patching.patch import Patch
 from retrofit.runtime.devices import main_parameter
-from retrofit.runtime.timing import processor_name
+from retrofit.runtime.machine import processor_name
 from retrofit.runtime.versions import current_versions
 
 

@@ -13,6 +13,8 @@ from pathlib import Path
 from platform import machine, platform, python_version
 from typing import Any
 
+from retrofit.runtime.machine import OtherPrograms, load_average
+
 LIBRARIES = (
     "torch",
     "triton",
@@ -45,10 +47,11 @@ class Finding:
 
 def examine() -> dict[str, list[Finding]]:
     """Look at everything; each section is a list of findings."""
+    others = OtherPrograms()
     return {
         "libraries": examine_libraries(),
         "devices": examine_devices(),
-        "room": examine_room(),
+        "room": [*examine_room(), examine_load(others)],
         "backends": examine_backends(),
     }
 
@@ -120,6 +123,21 @@ def examine_room() -> list[Finding]:
         fix = "" if usage.free > 1e9 else "free some space: a copy of a checkpoint needs its size"
         found.append(Finding(what=what, ok=not fix, found=text, fix=fix))
     return found
+
+
+def examine_load(others: OtherPrograms) -> Finding:
+    """What other programs take: times measured beside them say little."""
+    cores = os.cpu_count() or 1
+    held = others.cores()
+    now = "" if held is None else f", other programs hold {held:.1f} of {cores} cores now"
+    busy = (
+        ": busy, so what is timed now takes longer; --threads 1 suffers least"
+        if others.crowd("cpu")
+        else ""
+    )
+    load = load_average()
+    said = "load unknown" if load is None else f"load {load} in the last minute"
+    return Finding(what="other programs", ok=True, found=f"{said}{now}{busy}")
 
 
 def examine_backends() -> list[Finding]:

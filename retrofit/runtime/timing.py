@@ -6,18 +6,17 @@ median over rounds of their ratio, with the smallest and the largest.
 
 from __future__ import annotations
 
-import os
-import platform
 import statistics
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
+
+from retrofit.runtime.machine import load_average
 
 ROUNDS = 7  # on a CPU, for calls that take less than SLOW
 SLOW = 2.0  # seconds of one call from which FEWEST_ROUNDS are enough
@@ -228,43 +227,3 @@ def time_on_gpu(run: Callable[[], Any]) -> float:
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=1, rep=GPU_REPEAT, return_mode="median")) / 1000
-
-
-def load_average() -> float | None:
-    """Processes that wanted a core in the last minute, None where the system doesn't say."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def processor_name() -> str:
-    """`CPU, ` and the model, as reports name it."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return f"CPU, {line.split(':', 1)[1].strip()}"
-    return f"CPU, {platform.processor() or platform.machine()}"
-
-
-def pin_to_one_core() -> int | None:
-    """Keep this process on the core that is idlest now, and PyTorch to one thread.
-
-    Returns:
-        The core, None where the system can't pin.
-    """
-    torch.set_num_threads(1)
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    allowed = sorted(os.sched_getaffinity(0))
-    before = _idle_ticks()
-    time.sleep(0.2)
-    after = _idle_ticks()
-    core = max(allowed, key=lambda number: after.get(number, 0) - before.get(number, 0))
-    os.sched_setaffinity(0, {core})
-    return core
-
-
-def _idle_ticks() -> dict[int, int]:
-    """Idle time of every core since the start, in ticks."""
-    file = Path("/proc/stat")
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [line.split() for line in lines if line.startswith("cpu") and line[3].isdigit()]
-    return {int(row[0][3:]): int(row[4]) for row in rows}

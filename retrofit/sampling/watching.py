@@ -20,6 +20,7 @@ from retrofit.runtime.finite import find_nonfinite, is_finite
 AGAIN = 3  # dense calls at the end, at most
 SHORT = 1.0  # seconds that these may take however short the run was
 FEW = 4  # calls below which a run says nothing of time
+NOISE = 0.25  # spread of the dense calls from which on times say nothing
 ALIKE = 0.05  # part of the dense time by which two runs of the same work differ
 DTYPES = "Try --dtype float32 or bfloat16 instead of float16."
 
@@ -34,6 +35,7 @@ class TimeSaved:
         dense_call_seconds: Mean of the dense calls on the inputs of the last, after the run.
         dense_calls: How many these were.
         dense_spread: The longest less the shortest of them, as a part of their mean.
+        is_crowded: Whether other programs wanted the cores too.
     """
 
     calls: int
@@ -41,6 +43,7 @@ class TimeSaved:
     dense_call_seconds: float
     dense_calls: int = 1
     dense_spread: float = 0.0
+    is_crowded: bool = False
 
     @property
     def dense_seconds(self) -> float:
@@ -58,10 +61,12 @@ class TimeSaved:
         return self.seconds / self.dense_seconds
 
     @property
-    def verdict(self) -> Literal["saved", "lost", "alike", "few"]:
+    def verdict(self) -> Literal["saved", "lost", "alike", "few", "busy"]:
         """What may be said of it: `alike` where it is no more than equal runs differ by."""
         if self.calls < FEW:
             return "few"
+        if self.is_crowded or self.dense_spread > NOISE:
+            return "busy"
         if abs(self.fraction) <= max(ALIKE, self.dense_spread):
             return "alike"
         return "saved" if self.seconds > 0 else "lost"

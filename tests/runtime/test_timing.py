@@ -8,7 +8,6 @@ import math
 import pytest
 import torch
 
-from retrofit.runtime import timing
 from retrofit.runtime.timing import Contender, Race, filled_with_nan, race
 
 
@@ -127,17 +126,3 @@ def test_filling_with_nan_leaves_the_settings_as_they_were():
 def test_a_baseline_that_varies_by_a_quarter_makes_a_run_noisy(times, noisy):
     result = Race(seconds={"a": times}, errors={}, refused={}, first={}, load=(0.0, 0.0))
     assert result.is_noisy("a") is noisy
-
-
-def test_pinning_takes_the_idlest_core_and_one_thread(monkeypatch):
-    ticks = iter([{0: 100, 1: 100, 2: 100}, {0: 101, 1: 120, 2: 105}])
-    pinned = []
-    monkeypatch.setattr(timing, "_idle_ticks", lambda: next(ticks))
-    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(
-        timing.os, "sched_setaffinity", lambda pid, cores: pinned.append(cores), raising=False
-    )
-    assert timing.pin_to_one_core() == 1
-    assert pinned == [{1}]
-    assert torch.get_num_threads() == 1

@@ -150,11 +150,16 @@ def _call_bytes(trace: Trace, rates: Rates) -> float:
     return trace.peak_bytes - trace.weight_bytes
 
 
-def verdict(plan: NetworkPlan, method: Method) -> str:
-    """In plain words, whether patching helps at this size."""
+def verdict(plan: NetworkPlan, method: Method, *, is_busy: bool = False) -> str:
+    """In plain words, whether patching helps at this size; on a busy machine that can't be told."""
     if plan.is_idle:
         said = method.explain_no_change(f"{plan.tokens} tokens", method.name)
         return f"{said} {_break_even_words(plan)}"
+    if is_busy:
+        return (
+            f"can't tell whether {method.name} helps here: the machine is busy. Try again when it "
+            "is idle, or with --threads 1, whose times other programs change least."
+        )
     share = f"attention takes {plan.attention_share:.0%} of a dense call"
     limit = f"doing none of it would give {plan.limit:.2f}x"
     if plan.speed >= HELPS:

@@ -15,10 +15,12 @@ from retrofit.profiling.cost.examples import Pool, cut
 from retrofit.profiling.cost.operations import Example, Operation
 from retrofit.profiling.cost.python_cost import PythonCost, measure_python
 from retrofit.profiling.cost.trace import Trace
+from retrofit.runtime.machine import OtherPrograms
 
 SECONDS_EACH = 0.015  # for which an example is repeated in a pass, at least twice
 PASSES = 2  # over all examples, of which the faster counts
 SLOW = 0.5  # seconds of an example that is timed once
+NOISE = 0.25  # by which two passes differ where times say nothing
 ALIKE = 1.1  # times the amount of an example that needs no measurement of its own
 BANDWIDTH_ELEMENTS = 2**22
 OVERHEAD_CALLS = 200
@@ -36,6 +38,8 @@ class Rates:
         device: Where it was measured.
         unmeasured: Families taken from others, with the reason.
         seconds: That measuring took.
+        spread: Median, over examples, of how much longer the slower pass took, as a fraction.
+        is_crowded: Whether other programs wanted the cores too, and the clock counts their time.
     """
 
     points: dict[tuple[Any, ...], list[tuple[float, float]]] = field(default_factory=dict)
@@ -44,6 +48,13 @@ class Rates:
     device: str = "cpu"
     unmeasured: dict[tuple[Any, ...], str] = field(default_factory=dict)
     seconds: float = 0.0
+    spread: float = 0.0
+    is_crowded: bool = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the machine was too busy for these times to say anything."""
+        return self.is_crowded or self.spread > NOISE
 
     def time_of(self, operation: Operation) -> float:
         """Predicted seconds of one execution, without what calling it takes."""
@@ -99,14 +110,14 @@ def measure_rates(
         progress: Called as `progress(what, done, total)`.
     """
     traces = list(traces)
-    start = time.perf_counter()
+    start, others = time.perf_counter(), OtherPrograms()
     rates = Rates(device=device)
     pool = Pool(device, max((trace.weight_bytes for trace in traces), default=0))
     with torch.no_grad():
         rates.python = measure_python(lambda run: _time(lambda: run, "cpu"))
         overhead, rates.per_byte = _measure_memory(device)
         wanted = _choose_examples(traces, rates)
-        taken: dict[tuple[tuple[Any, ...], float], float] = {}
+        taken: dict[tuple[tuple[Any, ...], float], list[float]] = {}
         for i in range(PASSES * len(wanted)):
             operation, example, amount = wanted[i % len(wanted)]
             if progress is not None:
@@ -119,10 +130,11 @@ def measure_rates(
             except Exception as error:  # noqa: BLE001 - then its relatives stand for it
                 rates.unmeasured[operation.family] = f"{type(error).__name__}: {error}"
                 continue
-            point = operation.family, amount
-            taken[point] = min(seconds, taken.get(point, seconds))
-    for (family, amount), seconds in sorted(taken.items(), key=lambda item: item[0][1]):
-        rates.points.setdefault(family, []).append((amount, seconds))
+            taken.setdefault((operation.family, amount), []).append(seconds)
+    for (family, amount), passes in sorted(taken.items(), key=lambda item: item[0][1]):
+        rates.points.setdefault(family, []).append((amount, min(passes)))
+    rates.spread = statistics.median([max(p) / min(p) - 1 for p in taken.values()] or [0.0])
+    rates.is_crowded = _clock(device) is time.perf_counter and others.crowd(device)
     rates.seconds = time.perf_counter() - start
     return rates
 
