@@ -40,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", help="cuda, cpu, ...; the GPU where there is one.", rich_help_panel=WHERE
+        "--device", help="cuda, mps, xpu, cpu; the GPU where there is one.", rich_help_panel=WHERE
     ),
 ]
 Dtype = Annotated[

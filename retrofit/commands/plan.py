@@ -181,11 +181,11 @@ def _seconds(value: float) -> str:
 def _machine(plan: Plan) -> dict[str, Any]:
     import torch
 
-    from retrofit.runtime.machine import load_average, processor_name
+    from retrofit.runtime.devices import device_name
+    from retrofit.runtime.machine import load_average
 
-    on_gpu = plan.device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
+        "device": device_name(plan.device),
         "threads": torch.get_num_threads(),
         "load": load_average(),
         "cores": os.cpu_count(),

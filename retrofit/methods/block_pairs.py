@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from retrofit.runtime.devices import widest_float
+
 
 def count_blocks(length: int, block: int) -> int:
     """Blocks that so many tokens are cut into; the last may be short."""
@@ -20,7 +22,7 @@ def count_pairs(
     block_size: tuple[int, int],
     has_means: bool,
 ) -> Tensor:
-    """Query-key pairs of the kept blocks, mean over heads, float64 `[B]`.
+    """Query-key pairs of the kept blocks, mean over heads, float64 where there is it, `[B]`.
 
     Args:
         block_map: Blocks kept, bool `[B, H, n_q, n_k]`.
@@ -37,5 +39,7 @@ def count_pairs(
 
 
 def _sums(x: Tensor, block: int) -> Tensor:
-    """Sums per block, `[B, S]` to float64 `[B, ceil(S / block)]`."""
-    return pad(x.double(), (0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(2)
+    """Sums per block, `[B, S]` to floats `[B, ceil(S / block)]`."""
+    return (
+        pad(x.to(widest_float(x.device)), (0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(2)
+    )

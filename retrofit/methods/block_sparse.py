@@ -241,7 +241,7 @@ class BlockSparse:
             rows = rows & shown[:, : parts.num_grid_keys]
         size, has_means = self.config.block_size, self.config.dropped == "mean"
         pairs = count_pairs(block_map, rows, shown, block_size=size, has_means=has_means)
-        total = real.sum(1).double()
+        total = real.sum(1).to(pairs.dtype)
         pairs = pairs + self.grid.num_special_tokens * total
         return (pairs.sum() / (total**2).expand_as(pairs).sum()).item()
 

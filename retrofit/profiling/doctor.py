@@ -86,17 +86,20 @@ def examine_devices() -> list[Finding]:
     """GPUs, and why there is none."""
     import torch
 
+    from retrofit.runtime.devices import device_name, on_accelerator, pick_device
+    from retrofit.runtime.memory import memory_info
+
     found = []
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(i)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
-        text = (
-            f"{torch.cuda.get_device_name(i)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, "
-            f"capability {capability}"
-        )
-        found.append(Finding(what=f"cuda:{i}", ok=True, found=text))
-    if torch.backends.mps.is_available():
-        found.append(Finding(what="mps", ok=True, found="Apple GPU: PyTorch routes only"))
+    kind = pick_device(None)
+    for i in range(torch.accelerator.device_count() if on_accelerator(kind) else 0):
+        device = f"{kind}:{i}"
+        free, total = memory_info(device)
+        text = f"{device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, "
+        if kind == "cuda":
+            text += "capability " + ".".join(map(str, torch.cuda.get_device_capability(i)))
+        else:
+            text += "PyTorch routes only"
+        found.append(Finding(what=device, ok=True, found=text))
     if not found:
         found.append(_why_no_gpu(torch))
     threads = torch.get_num_threads()

@@ -166,6 +166,7 @@ class Generator:
 
         None if there is no patch, or one that changes nothing.
         """
+        from retrofit.runtime.timing import Spread
         from retrofit.sampling.pipelines import without_patch
         from retrofit.sampling.watching import TimeSaved
 
@@ -175,13 +176,13 @@ class Generator:
         if self._others is None or opened.handle.changes_nothing():
             return None
         with without_patch(opened):
-            dense = watch.time_last_again()
+            dense = Spread(values=tuple(watch.time_last_again()))
         watch.last = None
         return TimeSaved(
             calls=len(watch.seconds),
             patched_seconds=watch.settled_seconds(),
-            dense_call_seconds=sum(dense) / len(dense),
-            dense_calls=len(dense),
-            dense_spread=(max(dense) - min(dense)) * len(dense) / sum(dense),
+            dense_call_seconds=dense.mean,
+            dense_calls=len(dense.values),
+            dense_spread=dense.width,
             is_crowded=self._others.crowd(str(self.request.device)),
         )

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from retrofit.runtime.timing import Contender, Race, filled_with_nan, race
+from retrofit.runtime.timing import Contender, Race, Spread, filled_with_nan, race, timed, turned
 
 
 class FakeClock:
@@ -126,3 +126,25 @@ def test_filling_with_nan_leaves_the_settings_as_they_were():
 def test_a_baseline_that_varies_by_a_quarter_makes_a_run_noisy(times, noisy):
     result = Race(seconds={"a": times}, errors={}, refused={}, first={}, load=(0.0, 0.0))
     assert result.is_noisy("a") is noisy
+
+
+def test_orders_begin_one_further_on_in_every_round():
+    assert [turned("abc", turn) for turn in range(4)] == [
+        list(order) for order in ("abc", "bca", "cab", "abc")
+    ]
+    assert turned([], 3) == []
+
+
+def test_a_spread_knows_its_width_and_its_ratio_to_another():
+    spread = Spread(values=(2.0, 4.0, 8.0))
+    assert spread.width == pytest.approx(6 / 4)
+    assert spread.scaled(0.5).values == (1.0, 2.0, 4.0)
+    assert spread.ratio_to(Spread(values=(1.0, 4.0, 2.0))).values == (2.0, 1.0, 4.0)
+    with pytest.raises(ValueError, match="shorter"):
+        spread.ratio_to(Spread(values=(1.0,)))
+
+
+def test_seconds_are_of_the_clock_that_is_given():
+    clock = FakeClock()
+    only = contender("only", clock, [], [3.0])
+    assert timed(only.run, clock=clock)[1] == 3.0

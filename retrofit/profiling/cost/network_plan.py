@@ -12,6 +12,7 @@ from retrofit.profiling.cost.heap import is_simulated, resident_peak
 from retrofit.profiling.cost.kept import Kept
 from retrofit.profiling.cost.rates import Rates
 from retrofit.profiling.cost.trace import Trace
+from retrofit.runtime.devices import on_accelerator
 
 HELPS = 1.05  # predicted speed from which patching is said to help
 HARMS = 0.95
@@ -145,7 +146,7 @@ def seconds_of(traces: Sequence[tuple[Trace, int]], rates: Rates) -> dict[str, f
 
 def _call_bytes(trace: Trace, rates: Rates) -> float:
     """What a call holds, and on a CPU what its process keeps of what it held."""
-    if rates.device.startswith("cpu") and is_simulated():
+    if not on_accelerator(rates.device) and is_simulated():
         return resident_peak(trace.events)
     return trace.peak_bytes - trace.weight_bytes
 

@@ -15,12 +15,13 @@ from retrofit.profiling.cost.examples import Pool, cut
 from retrofit.profiling.cost.operations import Example, Operation
 from retrofit.profiling.cost.python_cost import PythonCost, measure_python
 from retrofit.profiling.cost.trace import Trace
+from retrofit.runtime.devices import on_accelerator
 from retrofit.runtime.machine import OtherPrograms
+from retrofit.runtime.timing import NOISE, Clock, Spread, timed
 
 SECONDS_EACH = 0.015  # for which an example is repeated in a pass, at least twice
 PASSES = 2  # over all examples, of which the faster counts
 SLOW = 0.5  # seconds of an example that is timed once
-NOISE = 0.25  # by which two passes differ where times say nothing
 ALIKE = 1.1  # times the amount of an example that needs no measurement of its own
 BANDWIDTH_ELEMENTS = 2**22
 OVERHEAD_CALLS = 200
@@ -38,7 +39,7 @@ class Rates:
         device: Where it was measured.
         unmeasured: Families taken from others, with the reason.
         seconds: That measuring took.
-        spread: Median, over examples, of how much longer the slower pass took, as a fraction.
+        spread: Median, over examples, of how far the passes differ, as a fraction.
         is_crowded: Whether other programs wanted the cores too, and the clock counts their time.
     """
 
@@ -133,7 +134,9 @@ def measure_rates(
             taken.setdefault((operation.family, amount), []).append(seconds)
     for (family, amount), passes in sorted(taken.items(), key=lambda item: item[0][1]):
         rates.points.setdefault(family, []).append((amount, min(passes)))
-    rates.spread = statistics.median([max(p) / min(p) - 1 for p in taken.values()] or [0.0])
+    rates.spread = statistics.median(
+        [Spread(values=tuple(p)).width for p in taken.values()] or [0.0]
+    )
     rates.is_crowded = _clock(device) is time.perf_counter and others.crowd(device)
     rates.seconds = time.perf_counter() - start
     return rates
@@ -161,9 +164,9 @@ def _choose_examples(
     return found
 
 
-def _clock(device: str) -> Callable[[], float]:
+def _clock(device: str) -> Clock:
     """A clock that other programs don't disturb, where there is one thread; else the wall's."""
-    alone = device.startswith("cpu") and torch.get_num_threads() == 1
+    alone = not on_accelerator(device) and torch.get_num_threads() == 1
     return time.thread_time if alone else time.perf_counter
 
 
@@ -171,11 +174,8 @@ def _measure_memory(device: str) -> tuple[float, float]:
     """Seconds of an operation that does nothing, and of one byte of an addition."""
     tiny = torch.ones(8, device=device)
     clock = _clock(device)
-    start = clock()
-    for _ in range(OVERHEAD_CALLS):
-        tiny.add(1)
-    _finish(device)
-    overhead = (clock() - start) / OVERHEAD_CALLS
+    _, seconds = timed(lambda: [tiny.add(1) for _ in range(OVERHEAD_CALLS)], device, clock)
+    overhead = seconds / OVERHEAD_CALLS
     x = torch.ones(BANDWIDTH_ELEMENTS, device=device)
     taken = _time(lambda: lambda: x + x, device)
     return overhead, taken / (3 * x.numel() * x.element_size())
@@ -198,20 +198,10 @@ def _time(prepare: Callable[[], Callable[[], Any]], device: str, *, warm_up: boo
     """Median seconds of what `prepare` gives."""
     if warm_up:
         prepare()()
-        _finish(device)
     clock = _clock(device)
     taken: list[float] = []
     while len(taken) < 2 or (sum(taken) < SECONDS_EACH and len(taken) < 50):
-        run = prepare()
-        start = clock()
-        run()
-        _finish(device)
-        taken.append(clock() - start)
+        taken.append(timed(prepare(), device, clock)[1])
         if taken[0] > SLOW:
             break
     return statistics.median(taken)
-
-
-def _finish(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()
