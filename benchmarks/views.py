@@ -21,7 +21,8 @@ from retrofit.architectures.vggt import VGGT
 from retrofit.layout.grid import TokenGrid
 from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
 from retrofit.patching.patch import patch
-from retrofit.runtime.timing import Contender, Race, load_average, race
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Contender, Race, race
 
 KEEPS = (0.5, 0.25)
 HEAD_DIM = 64

@@ -23,7 +23,7 @@ from retrofit.patching.recipe import Recipe
 from retrofit.patching.sites import AttendAtSite
 from retrofit.runtime.devices import main_parameter
 from retrofit.runtime.errors import NonFiniteError, UnsupportedError
-from retrofit.runtime.finite import find_nonfinite
+from retrofit.runtime.finite import find_nonfinite, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def _run_both(
 ) -> dict[str, Any]:
     inputs = _make_inputs(network, size, seed)
     dense = _run(network, inputs)
-    if not bool(torch.isfinite(dense).all()):
+    if not is_finite(dense):
         culprit = network.where(find_nonfinite(network.module, lambda: _run(network, inputs)) or "")
         raise NonFiniteError(
             f"{culprit}: the dense model itself gives NaN in {_dtype(network)}. "

@@ -74,6 +74,7 @@ def run(
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -105,6 +106,7 @@ def run(
     """
     if out is None and not dry_run:
         raise InputError("expected -o FOLDER, or --dry-run. Say where to write.")
+    options.set_threads(threads)
     from retrofit.artifact.planning import plan_patch, prove
     from retrofit.artifact.saving import refuse_target, write_patched
     from retrofit.checkpoints import find_checkpoint

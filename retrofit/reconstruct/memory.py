@@ -137,13 +137,3 @@ class MemoryModel:
         element = self.network.aggregator.camera_token.element_size()
         layers = len(self.network.config.tapped_layers)
         return layers * tokens * 2 * aggregator.embed_dim * element
-
-
-def available_memory(device: str) -> int:
-    """Bytes that can still be taken on a device."""
-    if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    import psutil
-
-    return int(psutil.virtual_memory().available)

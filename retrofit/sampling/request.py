@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from retrofit.runtime.errors import ConfigError, InputError, NotFoundError
+from retrofit.runtime.machine import MAX_THREADS
 from retrofit.runtime.reading import PICTURE_BYTES, read_bytes
 
 Offload = Literal["none", "model", "sequential"]
@@ -257,6 +258,10 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
                 f"{option}: expected a finite number, got {value}.",
             )
             for option, value in _weights(request)
+        ),
+        (
+            request.threads is not None and not 1 <= request.threads <= MAX_THREADS,
+            f"--threads: expected 1 to {MAX_THREADS}, got {request.threads}.",
         ),
         (
             (request.controlnet is None) != (request.control_image is None),
