@@ -1,8 +1,8 @@
 """The proof of a patch: a seeded probe that anyone can repeat in a fresh process.
 
 One step of each patched network on example inputs, dense and patched. A proof is made only where
-at least one site really dropped work and the output changed. `retrofit.artifact.verifying`
-repeats it in a process of its own.
+at least one site really dropped work and the output changed, or ran an exact method.
+`retrofit.artifact.verifying` repeats it in a process of its own.
 """
 
 from __future__ import annotations
@@ -101,10 +101,10 @@ def _probe(target: Any, recipe: Recipe, network: FoundNetwork, seed: int) -> dic
         found = _run_patched(target, recipe, network, size, seed)
         if found is None:
             return None
-        kept, _ = found
-        if not kept or _sparse(kept):
+        kept, _, acts = found
+        if not kept or _sparse(kept) or (recipe.is_exact and acts):
             result = _run_both(target, recipe, network, size, seed)
-            if result["relative_difference"] > UNCHANGED:
+            if result["relative_difference"] > UNCHANGED or recipe.is_exact:
                 return result
     unit = " latents" if network.family.denoises else ""
     raise UnsupportedError(
@@ -128,7 +128,7 @@ def _run_both(
     found = _run_patched(target, recipe, network, size, seed)
     if found is None:
         raise UnsupportedError(f"{network.where('')}: the recipe patches nothing in it.")
-    kept, patched = found
+    kept, patched, _ = found
     keeps = [keep for site in kept.values() for keep in site]
     return {
         "name": network.name,
@@ -147,8 +147,8 @@ def _run_both(
 
 def _run_patched(
     target: Any, recipe: Recipe, network: FoundNetwork, size: InputSize, seed: int
-) -> tuple[dict[str, list[float]], Tensor] | None:
-    """What the calls of a network's sites kept, and its output."""
+) -> tuple[dict[str, list[float]], Tensor, bool] | None:
+    """What the calls of a network's sites kept, its output, and whether any was ours."""
     inputs = _make_inputs(network, size, seed)
     with patch(target, recipe) as handle:
         if all(patched.module is not network.module for patched, _ in handle.networks):
@@ -158,7 +158,8 @@ def _run_patched(
             if network.family.denoises:
                 handle.at_step(0, STEPS)
             out = _run(network, inputs)
-        return {site.where: kept.kept[site.where] for site in _own_sites(handle, network)}, out
+        own = {site.where: kept.kept[site.where] for site in _own_sites(handle, network)}
+        return own, out, not handle.changes_nothing()
 
 
 def _own_sites(handle: Patch, network: FoundNetwork) -> list[AttendAtSite]:

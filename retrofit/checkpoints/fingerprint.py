@@ -10,6 +10,7 @@ from pathlib import Path
 
 from retrofit.runtime.reading import open_regular
 
+LEARNED = "retrofit.safetensors"  # learned parts of a patch, beside its record
 CHUNK = 1 << 20
 SAMPLE = 1 << 16
 SAMPLES = 16
@@ -28,6 +29,11 @@ class FileRecord:
     size: int
     sha256: str
     sample: str
+
+    @classmethod
+    def of(cls, file: Path) -> FileRecord:
+        """Of a file that is there."""
+        return cls(size=file.stat().st_size, sha256=hash_file(file), sample=sample_file(file))
 
     def matches(self, file: Path, *, written_before: int) -> bool:
         """Whether a file is the one recorded.

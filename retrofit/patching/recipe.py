@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from retrofit.methods import METHODS, Method
 from retrofit.patching.settings import as_plain_data, make_method, unknown_key
@@ -110,6 +111,8 @@ class Recipe:
         family: The family it was written for; None fits any that the methods accept.
         components: Networks of a pipeline to patch; empty means its denoising networks.
         description: What it is good for.
+        learned: Learned parts as `Patch.state_dict` gives them, which the patch begins with; beside
+            the recipe, not in it.
         name: What messages call it; no part of the recipe.
     """
 
@@ -117,6 +120,7 @@ class Recipe:
     family: str | None = None
     components: tuple[str, ...] = ()
     description: str = ""
+    learned: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     name: str = field(default="recipe", compare=False, repr=False)
 
     @classmethod
@@ -142,6 +146,11 @@ class Recipe:
     def methods(self) -> str:
         """Names of its methods, for people."""
         return " + ".join(dict.fromkeys(rule.method.name for rule in self.rules))
+
+    @property
+    def is_exact(self) -> bool:
+        """Whether every method gives the dense model's output within rounding."""
+        return all(rule.method.is_exact for rule in self.rules)
 
     @property
     def keep(self) -> float | None:
