@@ -156,7 +156,7 @@ def _run_patched(
         with torch.random.fork_rng(devices=[]), handle.measuring() as kept:
             torch.manual_seed(seed)
             if network.family.denoises:
-                handle.at_step(0, STEPS)
+                handle.at_step(recipe.acting_step(STEPS), STEPS)
             out = _run(network, inputs)
         own = {site.where: kept.kept[site.where] for site in _own_sites(handle, network)}
         return own, out, not handle.changes_nothing()

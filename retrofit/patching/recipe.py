@@ -157,6 +157,11 @@ class Recipe:
         """Fraction of the work that its only rule keeps, where that is a setting."""
         return getattr(self.rules[0].method, "keep", None) if len(self.rules) == 1 else None
 
+    def acting_step(self, num_steps: int) -> int:
+        """The first step at which the most rules act."""
+        acting = [sum(r.acts_at(step, num_steps) for r in self.rules) for step in range(num_steps)]
+        return acting.index(max(acting))
+
     def explain_no_change(self, where: str, what: str = "this recipe") -> str:
         """One line for people whose patch changed nothing; see `Patch.changes_nothing`."""
         if len(self.rules) == 1:
