@@ -185,20 +185,30 @@ def known(names: Collection[str]) -> Reader:
     return read
 
 
-def attend_by(
-    method: Method, attention: Attention, layout: TokenGrid
-) -> tuple[torch.Tensor, Pattern]:
-    """A method's attention as a patched layer of this shape runs it, and its pattern."""
-    shape = attention.shape
-    site = AttentionSite(
+def lone_site(heads: int, head_dim: int) -> AttentionSite:
+    """A site of no network, for methods that are run by themselves."""
+    return AttentionSite(
         path="attn",
         index=0,
         block=0,
         kind="self",
+<<<<<<< HEAD
         num_heads=shape.heads,
         head_dim=shape.head_dim,
         layout="grid",
+=======
+        num_heads=heads,
+        head_dim=head_dim,
+        grid_source="",
+>>>>>>> main
     )
+
+
+def attend_by(
+    method: Method, attention: Attention, layout: TokenGrid
+) -> tuple[torch.Tensor, Pattern]:
+    """A method's attention as a patched layer of this shape runs it, and its pattern."""
+    site = lone_site(attention.shape.heads, attention.shape.head_dim)
     call = AttentionCall(query=attention.query, key=attention.key, value=attention.value)
     return method.attend(site, layout, call, RunState())
 

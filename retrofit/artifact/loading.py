@@ -100,7 +100,7 @@ def patch_of(target: Any) -> Patch:
 def _new_handle(root: GuardRoot) -> Patch:
     recipe, report = root.installed  # type: ignore[misc]
     handle = Patch(recipe)
-    handle.report, handle.state = report, root.state
+    handle.report, handle.state, handle.control = report, root.state, root.control
     return handle
 
 
