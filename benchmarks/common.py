@@ -192,15 +192,9 @@ def lone_site(heads: int, head_dim: int) -> AttentionSite:
         index=0,
         block=0,
         kind="self",
-<<<<<<< HEAD
-        num_heads=shape.heads,
-        head_dim=shape.head_dim,
-        layout="grid",
-=======
         num_heads=heads,
         head_dim=head_dim,
-        grid_source="",
->>>>>>> main
+        layout="grid",
     )
 
 

@@ -75,7 +75,7 @@ def all_blocks(num_q: int, num_k: int, device: torch.device) -> BlockLists:
 
 @functools.lru_cache(maxsize=16)
 def _cached_blocks(num_q: int, num_k: int, device: torch.device) -> BlockLists:
-    with _disable_current_modes():  # what is remembered holds values, whoever asks first
+    with _disable_current_modes(), torch.device("cpu"):  # remembered, whoever asks first
         return _all_blocks(num_q, num_k, device)
 
 

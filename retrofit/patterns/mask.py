@@ -150,7 +150,7 @@ def _plain(value: Any) -> Any:
 @functools.lru_cache(maxsize=64)
 def _listed(mask: Mask, device: torch.device) -> Listing:
     if device.type != "meta":
-        with _disable_current_modes():  # what is remembered holds values, whoever asks first
+        with _disable_current_modes(), torch.device("cpu"):  # remembered, whoever asks first
             return list_mask(mask, device)
     # the lists keep their values, from which the tiles that are visited are counted
     found = _listed(mask, torch.device("cpu"))

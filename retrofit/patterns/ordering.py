@@ -104,7 +104,7 @@ def order_blocks(
 
 @functools.lru_cache(maxsize=64)
 def _cached_order(*settings: Any) -> BlockOrder:
-    with _disable_current_modes():  # what is remembered holds values, whoever asks first
+    with _disable_current_modes(), torch.device("cpu"):  # remembered, whoever asks first
         return _order_blocks(*settings)
 
 
