@@ -134,15 +134,15 @@ def _network_inputs(
         )
     size = choice.sizes.get(network.name) or examples.native(network.module)
     drawn = examples.make(network.module, size, torch.Generator().manual_seed(choice.seed))
-    if "input_ids" in drawn and (choice.files or _has_tokenizer(folder)):
+    if examples.files == "texts" and (choice.files or _has_tokenizer(folder)):
         return _texts(network, choice, folder, size)
-    if "pixel_values" in drawn:
+    if examples.files == "pictures":
         return _pictures(network, choice, folder, drawn)
     if choice.files:
         raise UnsupportedError(
             f"{network.where('')}: takes no --inputs, they are drawn from the seed. Leave it out."
         )
-    if "input_ids" in drawn:
+    if examples.files == "texts":
         logger.warning("no tokenizer beside the model: random tokens say little about quality")
     return _drawn(network, choice, size)
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from retrofit.checkpoints import Checkpoint, find_checkpoint, read_json
 from retrofit.layout.picture_sizes import refuse_off_grid
-from retrofit.runtime.errors import UnsupportedError
+from retrofit.runtime.errors import InputError, UnsupportedError
 from retrofit.runtime.reading import PICTURE_BYTES, open_regular
 from retrofit.sampling.request import Request
 
@@ -51,7 +51,7 @@ def complete_request(request: Request, checkpoint: Checkpoint) -> Request:
     """Fill in what the checkpoint's configs decide: size, steps, guidance; check the size.
 
     Raises:
-        InputError: If the size is off the grid of the VAE.
+        InputError: If the size is off the grid of the VAE, or beyond the network's positions.
     """
     file = checkpoint.configs / DEFAULTS
     own = read_json(file) if file.is_file() else {}
@@ -64,9 +64,24 @@ def complete_request(request: Request, checkpoint: Checkpoint) -> Request:
     multiple = size_multiple(checkpoint)
     if request.width is None or request.height is None:
         width, height = _default_size(request, checkpoint, multiple)
-        return replace(request, width=width, height=height)
-    refuse_off_grid(request.width, request.height, multiple)
+        request = replace(request, width=width, height=height)
+    else:
+        refuse_off_grid(request.width, request.height, multiple)
+    longest = _longest_side(checkpoint)
+    if longest is not None and max(request.width or 0, request.height or 0) > longest:
+        raise InputError(
+            f"--size {request.width}x{request.height}: expected at most {longest} pixels a side, "
+            f"for which {checkpoint.name} has positions. Take a smaller one."
+        )
     return request
+
+
+def _longest_side(checkpoint: Checkpoint) -> int | None:
+    """Pixels that the network's table of positions is long enough for, if it has one."""
+    name = denoiser_name(checkpoint)
+    config = checkpoint.config(name) if name in checkpoint.classes else {}
+    patches = config.get("pos_embed_max_size")
+    return patches and int(patches) * int(config.get("patch_size", 1)) * _vae_factor(checkpoint)
 
 
 def size_multiple(checkpoint: Checkpoint) -> int:

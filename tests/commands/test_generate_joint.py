@@ -19,6 +19,14 @@ def pixels(file):
         return np.asarray(picture)
 
 
+def test_a_size_beyond_the_positions_of_the_network_is_refused(run_command, tmp_path):
+    model = tiny_pipelines.write_pipeline(tiny_pipelines.make_sd3_pipeline(), tmp_path / "sd3")
+    answer = run_command("generate", model, "-p", "a cat", "--size", "136x64", "-o", "a.png")
+    assert answer.code == 2
+    assert "--size 136x64: expected at most 128 pixels a side" in answer.err
+    assert len(answer.err.strip().splitlines()) == 1
+
+
 @pytest.mark.parametrize("family", MAKE)
 def test_a_transformer_draws_with_circles_and_makes_the_same_again(family, run_command, tmp_path):
     make, sites = MAKE[family]
