@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from retrofit.runtime.reading import open_regular
+from retrofit.runtime.schema import Sha256, Within
 
 CHUNK = 1 << 20
 SAMPLE = 1 << 16
@@ -25,9 +27,9 @@ class FileRecord:
         sample: sha256 of pieces spread over it, which a load can afford to check.
     """
 
-    size: int
-    sha256: str
-    sample: str
+    size: Annotated[int, Within(0, 2**60)]
+    sha256: Sha256
+    sample: Sha256
 
     def matches(self, file: Path, *, written_before: int) -> bool:
         """Whether a file is the one recorded.

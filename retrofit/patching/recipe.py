@@ -10,13 +10,15 @@ import typing
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
+from retrofit.checkpoints.record_types import OuterRecipe
 from retrofit.methods import METHODS, Method
 from retrofit.runtime.errors import ConfigError, NotFoundError, suggest
 from retrofit.runtime.reading import YAML_BYTES, parse_yaml, read_text
+from retrofit.runtime.schema import OTHER_KEYS, find_problems
 
 KEYS = ("family", "method", "parameters", "sites", "components", "description")
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
@@ -119,6 +121,9 @@ class Recipe:
             data = parse_yaml(text)
         except ValueError as error:
             raise ConfigError(f"{path}: expected YAML: {error}.") from error
+        problems = find_problems(data, Annotated[OuterRecipe, OTHER_KEYS])
+        if problems:
+            raise ConfigError(f"{path}: {'; '.join(problems)}.")
         return cls.from_dict(data, str(path))
 
     def to_yaml(self) -> str:
