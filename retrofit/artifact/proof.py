@@ -282,7 +282,8 @@ def _compare_networks(recorded: Mapping[str, Any], again: Mapping[str, Any]) -> 
 
 def _distance(recorded: Mapping[str, Any], again: Mapping[str, Any]) -> float:
     """Relative distance of two digests by their samples and statistics."""
-    if recorded["numel"] != again["numel"]:
+    lengths = [(found["numel"], len(found["samples"])) for found in (recorded, again)]
+    if lengths[0] != lengths[1]:
         return float("inf")
     first = torch.tensor(recorded["samples"], dtype=torch.float64)
     second = torch.tensor(again["samples"], dtype=torch.float64)

@@ -7,8 +7,10 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from retrofit.runtime.reading import open_regular
+from retrofit.runtime.schema import Sha256, Within
 
 LEARNED = "retrofit.safetensors"  # learned parts of a patch, beside its record
 CHUNK = 1 << 20
@@ -26,9 +28,9 @@ class FileRecord:
         sample: sha256 of pieces spread over it, which a load can afford to check.
     """
 
-    size: int
-    sha256: str
-    sample: str
+    size: Annotated[int, Within(0, 2**60)]
+    sha256: Sha256
+    sample: Sha256
 
     @classmethod
     def of(cls, file: Path) -> FileRecord:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from retrofit.architectures.recognition import recognise_config, recognise_tensors
 from retrofit.checkpoints.config_limits import CONFIGS, check_numbers
@@ -15,9 +15,19 @@ from retrofit.checkpoints.single_file import denoising_component, holds_pipeline
 from retrofit.checkpoints.weights import find_weights, read_header
 from retrofit.runtime.errors import CheckpointError
 from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes, require_regular
+from retrofit.runtime.schema import OTHER_KEYS, find_problems
 
 Layout = Literal["pipeline", "diffusers", "transformers", "retrofit", "single-file"]
 CONFIG_FOLDER = "config"  # configs of a single-file checkpoint, beside it once it is patched
+
+
+class NetworkConfig(TypedDict, total=False):
+    """What is read of a config without the library that it belongs to."""
+
+    _class_name: str
+    model_type: str | None
+    architectures: list[str] | None
+    auto_map: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +120,9 @@ def read_config(file: Path) -> dict[str, Any]:
     """
     config = read_json(file)
     check_numbers(config, file)
+    problems = find_problems(config, Annotated[NetworkConfig, OTHER_KEYS])
+    if problems:
+        raise CheckpointError(f"{file}: {'; '.join(problems)}. Fetch the checkpoint again.")
     return config
 
 
@@ -153,13 +166,20 @@ def _pipeline(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
         if (folder / component / "config.json").is_file():
             classes[component] = (str(entry[0]), str(entry[1]))
     class_name = index.get("_class_name")
+    if isinstance(class_name, list):
+        class_name = class_name[-1] if class_name else None
+    if not isinstance(class_name, str):
+        raise CheckpointError(
+            f"{folder / 'model_index.json'}: _class_name: expected a text, got {class_name!r}. "
+            "Fetch the checkpoint again."
+        )
     return Checkpoint(
         name=name,
         root=folder,
         layout="pipeline",
         classes=classes,
         configs=folder,
-        pipeline_class=class_name[-1] if isinstance(class_name, list) else class_name,
+        pipeline_class=class_name,
         manifest=manifest,
     )
 

@@ -12,8 +12,10 @@ from typing import Any
 
 from retrofit.checkpoints.fingerprint import LEARNED, FileRecord
 from retrofit.checkpoints.places import is_inside, is_plain_name
+from retrofit.checkpoints.record_types import Record
 from retrofit.runtime.errors import CheckpointError, VerificationError
 from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes
+from retrofit.runtime.schema import find_problems
 
 MANIFEST = "retrofit.json"
 SCHEMA = 2
@@ -81,16 +83,13 @@ class Manifest:
             raise VerificationError(
                 f"{where}: edited after it was written, so its proof says nothing. {_PATCH_AGAIN}"
             )
-        try:
-            records = {key: _read_files(data[key]) for key in ("files", "configs")}
-        except (TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: files: {error}. {_PATCH_AGAIN}") from error
-        single = data["single_file"]
-        if single != "" and (single not in records["files"] or not is_plain_name(single)):
-            raise CheckpointError(
-                f"{where}: single_file: expected the name of one of its files, or none, got "
-                f"{single!r}. {_PATCH_AGAIN}"
-            )
+        problems = find_problems(data, Record) or _check_places(data)
+        if problems:
+            raise CheckpointError(f"{where}: {'; '.join(problems)}. {_PATCH_AGAIN}")
+        records = {
+            key: {path: FileRecord(**record) for path, record in data[key].items()}
+            for key in ("files", "configs")
+        }
         rest = {k: v for k, v in data.items() if k not in ("schema", "digest", *records)}
         return cls(**{**rest, **records, "family": tuple(data["family"])})
 
@@ -162,11 +161,16 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_files(data: Mapping[str, Any]) -> dict[str, FileRecord]:
-    for path in data:
-        if not is_inside(path):
-            raise TypeError(f"{path!r} leads out of the checkpoint")
-    return {path: FileRecord(**record) for path, record in data.items()}
+def _check_places(data: Mapping[str, Any]) -> list[str]:
+    """What of a record would lead out of the checkpoint's folder."""
+    listed = {**data["files"], **data["configs"]}
+    problems = [
+        f"files: {path!r} leads out of the checkpoint" for path in listed if not is_inside(path)
+    ]
+    single = data["single_file"]
+    if single and (single not in data["files"] or not is_plain_name(single)):
+        problems.append(f"single_file: expected the name of one of its files, got {single!r}")
+    return problems
 
 
 def _check_keys(data: Mapping[str, Any]) -> list[str]:

@@ -10,9 +10,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from retrofit.checkpoints.fingerprint import LEARNED
+from retrofit.checkpoints.headers import HEADER_BYTES, TensorInfo, parse_header
 from retrofit.runtime.errors import CheckpointError
 from retrofit.runtime.reading import JSON_BYTES, open_regular, parse_json, read_bytes
 
@@ -20,16 +21,7 @@ PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 BASES = ("model", "diffusion_pytorch_model")
 SHARD = re.compile(r".*-\d{5}-of-\d{5}(\..+)?\.safetensors")
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
-HEADER_BYTES = 100_000_000
 AGAIN = "Fetch the checkpoint again."
-
-
-class TensorInfo(NamedTuple):
-    """What a header says of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,15 +68,10 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             raise _corrupt(file, f"a header of {length} bytes, {HEADER_BYTES} at most")
         text = stream.read(length)
     try:
-        data = parse_json(text)
-        tensors = {
-            name: _tensor_info(entry) for name, entry in data.items() if name != "__metadata__"
-        }
-        end = max(
-            (entry["data_offsets"][1] for n, entry in data.items() if n in tensors), default=0
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        tensors = parse_header(text)
+    except ValueError as error:
         raise _corrupt(file, f"a header that can't be read ({error})") from error
+    end = sum(tensor.num_bytes for tensor in tensors.values())
     if size != 8 + length + end:
         raise _corrupt(file, f"{size} bytes where its header says {8 + length + end}")
     return tensors
@@ -144,11 +131,6 @@ def refuse_pickle(file: Path) -> CheckpointError:
         f'trust it, convert it: python -c "{code}" {shlex.quote(str(file))} '
         f"{shlex.quote(str(file.with_suffix('.safetensors')))}"
     )
-
-
-def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
-    start, end = entry["data_offsets"]
-    return TensorInfo(str(entry["dtype"]), tuple(map(int, entry["shape"])), int(end) - int(start))
 
 
 def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:

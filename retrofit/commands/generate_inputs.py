@@ -88,9 +88,14 @@ def make_request(
     from retrofit.sampling.png import read_record
 
     record = read_record(like)
-    request = Request.from_dict(record.get("request") or {}, f"--like {like}")
+    request = Request.from_dict(record.get("request", {}), f"--like {like}")
+    place = record.get("place", 0)
+    if place >= len(request.prompts):
+        raise InputError(
+            f"--like {like}: its recipe is damaged (place: expected less than the "
+            f"{len(request.prompts)} prompts, got {place}). Give another picture."
+        )
     _name_what_is_fetched(request, given | ({"model": model} if model else {}), like)
-    place = int(record.get("place", 0))
     if len(prompts) > 1 or num_images > 1:
         raise InputError("--like: makes one picture. Give one --prompt at most, and no -n.")
     if prompts or seed is not None:
@@ -147,7 +152,9 @@ def refuse_other_model(
     """
     from retrofit.sampling.pipelines import fingerprint
 
-    if record is None or record["model"].get("fingerprint") == fingerprint(generator.checkpoint):
+    if record is None or record.get("model", {}).get("fingerprint") == fingerprint(
+        generator.checkpoint
+    ):
         return
     raise InputError(
         f"--like {like}: made with other weights than {generator.request.model} has now. Name the "

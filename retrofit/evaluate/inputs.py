@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from retrofit.checkpoints import Checkpoint, read_json
+from retrofit.checkpoints.libraries import open_tokenizer
 from retrofit.evaluate.measure import ModelCall, ModelInput
 from retrofit.evaluate.samples import collect_documents, draw_pictures
 from retrofit.evaluate.scenes import NamedScene, read_scenes
@@ -151,14 +152,12 @@ def _texts(
     network: FoundNetwork, choice: InputChoice, folder: Path | None, size: InputSize
 ) -> list[ModelInput]:
     """Documents as the tokenizer cuts them at `size.tokens`; shorter than that only if given."""
-    if not _has_tokenizer(folder):
+    if folder is None or not _has_tokenizer(folder):
         raise NotFoundError(
             f"{folder or network.where('')}: expected a tokenizer beside the model, got none. "
             "Leave --inputs out to compare on random tokens."
         )
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
 
     def encode(text: str) -> dict[str, Tensor]:
         encoded = tokenizer(text, truncation=True, max_length=size.tokens, return_tensors="pt")

@@ -7,15 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 from torch import Tensor
 
+from retrofit.checkpoints.record_types import OuterRecipe
 from retrofit.methods import METHODS, Method
 from retrofit.patching.settings import as_plain_data, make_method, unknown_key
 from retrofit.runtime.errors import ConfigError, NotFoundError, suggest
 from retrofit.runtime.reading import YAML_BYTES, parse_yaml, read_text
+from retrofit.runtime.schema import OTHER_KEYS, find_problems
 
 COMMON = ("family", "components", "description")
 RULE_KEYS = ("method", "parameters", "sites", "heads", "steps")
@@ -234,6 +236,9 @@ class Recipe:
             data = parse_yaml(text)
         except ValueError as error:
             raise ConfigError(f"{path}: expected YAML: {error}.") from error
+        problems = find_problems(data, Annotated[OuterRecipe, OTHER_KEYS])
+        if problems:
+            raise ConfigError(f"{path}: {'; '.join(problems)}.")
         return cls.from_dict(data, str(path))
 
     def to_yaml(self) -> str:

@@ -7,18 +7,36 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from retrofit.runtime.errors import InputError, NotFoundError
 from retrofit.runtime.outputs import PARTIAL, make_folders, refuse_file
 from retrofit.runtime.reading import PICTURE_BYTES, open_regular, parse_json
+from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within, find_problems
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 KEY = "retrofit"
 SCHEMA = 1
+MOST_PICTURES = 10_000
 OTHER_ENDINGS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ModelEntry(TypedDict):
+    """What a record says of the checkpoint."""
+
+    fingerprint: Sha256
+
+
+class PictureRecord(TypedDict, total=False):
+    """What a PNG may hold; `Request.from_dict` looks at the request itself."""
+
+    schema: int
+    model: Annotated[ModelEntry, OTHER_KEYS]
+    place: Annotated[int, Within(0, MOST_PICTURES)]
+    request: Mapping[str, Any]
+    versions: Mapping[str, str]
 
 
 def name_outputs(out: Path, count: int) -> list[Path]:
@@ -113,5 +131,10 @@ def read_record(file: str | Path) -> dict[str, Any]:
         raise InputError(
             f"--like {file}: its recipe was not written by retrofit, it has no `schema`. Give a "
             "PNG that `retrofit generate` wrote."
+        )
+    problems = find_problems(data, Annotated[PictureRecord, OTHER_KEYS])
+    if problems:
+        raise InputError(
+            f"--like {file}: its recipe is damaged ({'; '.join(problems)}). Give another picture."
         )
     return data
