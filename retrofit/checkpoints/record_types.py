@@ -81,6 +81,19 @@ class SavedRecipe(OuterRecipe):
     parameters: Mapping[str, Any]
 
 
+class SavedRule(TypedDict):
+    """One rule of a recipe of several."""
+
+    method: str
+    parameters: Mapping[str, Any]
+
+
+class SavedRules(OuterRecipe):
+    """A recipe of several rules in a record."""
+
+    rules: Annotated[list[Annotated[SavedRule, OTHER_KEYS]], Within(1, 1000)]
+
+
 class Record(TypedDict):
     """All of it."""
 
@@ -88,7 +101,7 @@ class Record(TypedDict):
     digest: Sha256
     source: str
     family: list[str]
-    recipe: Annotated[SavedRecipe, OTHER_KEYS]
+    recipe: Annotated[SavedRecipe, OTHER_KEYS] | Annotated[SavedRules, OTHER_KEYS]
     sites: list[SiteEntry]
     changed: list[str]
     skipped: list[tuple[str, str]]
