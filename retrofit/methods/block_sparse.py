@@ -142,7 +142,8 @@ class BlockSparseConfig(Method):
 
     def keeps_all(self, layout: TokenGrid, keep: float | None) -> bool:
         """Whether every block is kept whatever the scores are."""
-        blocks = count_blocks(layout.num_grid_tokens, self.block_size[1])
+        placed = layout.num_grid_tokens + layout.num_reference_tokens
+        blocks = count_blocks(placed, self.block_size[1])
         return blocks == 1 or (keep is not None and int(blocks * keep) >= blocks)
 
     def _choose(

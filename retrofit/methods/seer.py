@@ -69,8 +69,9 @@ class SeerConfig(Method):
     ) -> Pattern:
         """The blocks that the gate of this site scores highest."""
         size = self.block_size
-        count = int(count_blocks(layout.num_grid_tokens, size) * self.keep)
-        if max(1, count) >= count_blocks(layout.num_grid_tokens, size):
+        blocks = count_blocks(layout.num_grid_tokens + layout.num_reference_tokens, size)
+        count = int(blocks * self.keep)
+        if max(1, count) >= blocks:
             return Dense(layout)
         call.refuse_causal(self.name)
         order, ordered = self._arrange(layout, call)

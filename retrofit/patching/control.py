@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from retrofit.layout.sites import AttentionSite
+from retrofit.patching.padding import PaddingReader
 from retrofit.patterns import AttentionCall, Pattern
 from retrofit.runtime.intercept import Forward, Handler
 
@@ -30,6 +31,7 @@ class Control:
         was_enabled: Whether it did in the latest forward with gradients, whose checkpointed parts a
             backward runs again: one state for each backward.
         observers: Told of every eager call of a patched site.
+        padding: What the latest mask hides.
     """
 
     def __init__(self) -> None:
@@ -37,6 +39,7 @@ class Control:
         self.is_enabled = True
         self.was_enabled = True
         self.observers: list[Observer] = []
+        self.padding = PaddingReader()
 
     def __getstate__(self) -> dict[str, object]:
         """A copy of a patched model is watched by nobody."""

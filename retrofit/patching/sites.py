@@ -17,7 +17,8 @@ from retrofit.methods.base import Method
 from retrofit.methods.run_state import RunState
 from retrofit.patching.control import Control
 from retrofit.patching.handlers import SizeScope
-from retrofit.patterns import AttentionCall, Dense, HeadShares, Pattern
+from retrofit.patching.padding import Span, attend_spans
+from retrofit.patterns import AttentionCall, Dense, Pattern, Shares
 from retrofit.runtime.errors import InterceptionError, UnsupportedError
 from retrofit.runtime.intercept import Forward, FunctionMode
 
@@ -159,7 +160,12 @@ class AttendAtSite:
         if not torch.compiler.is_compiling():
             for observer in self.control.observers:
                 observer.on_start(self.site)
-        out, pattern = self._attend_by(rules, call.in_one_dtype().with_full_mask())
+        attend = functools.partial(self._attend_by, rules)
+        spans = None if attn_mask is None else self._spans(attn_mask)
+        if spans is None:
+            out, pattern = attend(call.in_one_dtype().with_full_mask())
+        else:
+            out, pattern = attend_spans(call.in_one_dtype(), spans, attend)
         if not torch.compiler.is_compiling():
             self.counts.patched += 1
             self.counts.changed += not pattern.is_dense
@@ -191,7 +197,16 @@ class AttendAtSite:
             order += list(heads)
         back = sorted(range(len(order)), key=order.__getitem__)
         joined = torch.cat(outs, 1).index_select(1, torch.tensor(back, device=outs[0].device))
-        return joined, HeadShares(parts=tuple(patterns))
+        return joined, Shares(parts=tuple(patterns))
+
+    def _spans(self, attn_mask: Tensor) -> tuple[Span, ...] | None:
+        """Where the rows of a padded batch of texts lie, whose geometry is their own.
+
+        A traced graph, which can't ask what a mask holds, takes the padded length for all.
+        """
+        if self.scope is not None or self.site.kind != "self" or torch.compiler.is_compiling():
+            return None
+        return self.control.padding.spans(attn_mask)
 
     def _grid(self, query: Tensor) -> TokenGrid:
         if self.scope is None or self.site.kind == "cross":

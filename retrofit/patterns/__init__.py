@@ -6,7 +6,7 @@ from retrofit.patterns.base import Attended, Dense, Pattern, attend, whole_mask
 from retrofit.patterns.blocks import Blocks
 from retrofit.patterns.call import AttentionCall
 from retrofit.patterns.circle import Circle
-from retrofit.patterns.compose import Halves, HeadShares, Mean, PerHead, Reused
+from retrofit.patterns.compose import Halves, Mean, PerHead, Reused, Shares
 from retrofit.patterns.everything import Everything
 from retrofit.patterns.mask import Mask
 from retrofit.patterns.windows import Neighborhood, Windows
@@ -19,13 +19,13 @@ __all__ = [
     "Dense",
     "Everything",
     "Halves",
-    "HeadShares",
     "Mask",
     "Mean",
     "Neighborhood",
     "Pattern",
     "PerHead",
     "Reused",
+    "Shares",
     "Windows",
     "attend",
     "whole_mask",

@@ -205,10 +205,10 @@ class Blocks(Pattern):
         """
         if self.block_map.is_meta:
             return math.nan
-        layout, order = self.layout, self.order
-        visible = self.visible
+        order, visible = self.order, self.visible
         if visible is None:
-            visible = torch.ones(1, layout.num_tokens, dtype=torch.bool, device=order.rows.device)
+            shape = 1, self.layout.num_tokens
+            visible = torch.ones(shape, dtype=torch.bool, device=order.rows.device)
         shown, rows = visible[:, order.columns], visible[:, order.rows]
         if order.shown is not None:
             shown = shown & order.shown
@@ -222,7 +222,7 @@ class Blocks(Pattern):
             seen = torch.where(self.block_map, seen, (of_k > 0)[:, None, None].to(seen.dtype))
         total = visible.sum(1).to(of_q.dtype)
         pairs = (seen * of_q[:, None, :, None]).sum((2, 3)).mean(1)
-        pairs = pairs + layout.num_special_tokens * total
+        pairs = pairs + order.special.numel() * total
         return (pairs.sum() / (total**2).expand_as(pairs).sum()).item()
 
     def pairs(self) -> float:

@@ -169,30 +169,35 @@ def _choose_lists(parts: list[BlockLists], choice: Tensor) -> BlockLists:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HeadShares(Pattern):
-    """What rules that each took some heads of a call have done, for observers.
+class Shares(Pattern):
+    """What was done with parts of a call, heads or rows of the batch, for observers.
 
     Attributes:
-        parts: Heads and pattern of each rule.
+        parts: How many heads or rows, and their pattern.
     """
 
     parts: tuple[tuple[int, Pattern], ...]
-    name: ClassVar[str] = "shares of heads"
+    name: ClassVar[str] = "shares"
 
     @property
     def layout(self) -> TokenGrid:  # type: ignore[override]
-        """That of every part."""
-        return self.parts[0][1].layout
+        """That of the longest part."""
+        layouts = [pattern.layout for _, pattern in self.parts]
+        return max(layouts, key=lambda layout: layout.num_tokens)
 
     @property
     def is_dense(self) -> bool:  # type: ignore[override]
         """Whether every part is."""
         return all(pattern.is_dense for _, pattern in self.parts)
 
+    def keep(self) -> float:
+        """Of the pairs of all parts."""
+        kept = sum(number * pattern.pairs() for number, pattern in self.parts)
+        return kept / sum(number * part.layout.num_tokens**2 for number, part in self.parts)
+
     def pairs(self) -> float:
-        """The mean over heads."""
-        heads = sum(heads for heads, _ in self.parts)
-        return sum(heads * pattern.pairs() for heads, pattern in self.parts) / heads
+        """As many as the fraction is of the layout's."""
+        return self.keep() * self.layout.num_tokens**2
 
 
 @dataclass(frozen=True, kw_only=True)

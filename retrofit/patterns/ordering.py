@@ -116,25 +116,58 @@ def _order_blocks(
     share_blocks: bool,
     device: torch.device,
 ) -> BlockOrder:
-    special, tokens = split_positions(layout, device)
-    block, padding = block_size[1], -layout.num_grid_tokens % block_size[1]
+    special, tokens = split_pictures(layout, device)
+    block, padding = block_size[1], -tokens.shape[0] % block_size[1]
     is_plain = order == "raster" and borders == "none" and not layout.num_special_tokens
     rows, places, shown = tokens, None, None
     if order != "raster":
-        rows = tokens[token_order(layout, order, tile_size=tile_of(block), device=device)]
+        parts = [
+            token_order(picture, order, tile_size=tile_of(block), device=device)
+            for picture in pictures_of(layout)
+        ]
+        rows = tokens[_one_after_another(parts)]
     if borders != "none":
-        walked = places_between(layout, borders, block_size)
+        parts = [places_between(picture, borders, block_size) for picture in pictures_of(layout)]
+        walked = _one_after_another(parts)
         filled = (walked >= 0).nonzero()[:, 0].to(device)  # on the CPU: waits for no device
         walked = walked.to(device)
         rows = rows[walked.clamp(min=0)]
         places = filled[rows[filled].argsort()]
         shown = torch.cat([walked >= 0, torch.ones_like(special, dtype=torch.bool)])
     columns = torch.cat([rows, special])
-    if borders == "none" and padding and layout.num_special_tokens and not share_blocks:
+    if borders == "none" and padding and special.shape[0] and not share_blocks:
         columns = torch.cat([rows, rows[:1].expand(padding), special])
-        place = torch.arange(columns.numel(), device=device) - layout.num_grid_tokens
+        place = torch.arange(columns.numel(), device=device) - tokens.shape[0]
         shown = (place < 0) | (place >= padding)
     return BlockOrder(rows, columns, special, tokens, places, shown, is_plain)
+
+
+def pictures_of(layout: TokenGrid) -> list[TokenGrid]:
+    """The grid, then its reference pictures, without special tokens."""
+    references = [TokenGrid(frames=t, height=y, width=x) for t, y, x in layout.references]
+    return [layout.without_special_tokens(), *references]
+
+
+def split_pictures(layout: TokenGrid, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Positions of special tokens, and of those of the grid and of its reference pictures."""
+    special, tokens = split_positions(layout, device)
+    if not layout.references:
+        return special, tokens
+    first = layout.num_tokens - layout.num_suffix_tokens
+    end = first + layout.num_reference_tokens
+    further = torch.arange(first, end, device=device)
+    rest = torch.arange(end, layout.num_tokens, device=device)
+    special = special[: layout.num_special_tokens - layout.num_suffix_tokens]
+    return torch.cat([special, rest]), torch.cat([tokens, further])
+
+
+def _one_after_another(parts: list[Tensor]) -> Tensor:
+    """Numbers of several pictures' tokens in one sequence; -1 stays."""
+    joined, first = [], 0
+    for part in parts:
+        joined.append(torch.where(part >= 0, part + first, part))
+        first = first + int((part >= 0).sum()) if len(parts) > 1 else 0
+    return torch.cat(joined)
 
 
 def tile_of(block: int) -> tuple[int, int, int]:
