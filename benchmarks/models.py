@@ -97,7 +97,7 @@ def wan_inputs(frames: int, height: int, width: int, dtype: torch.dtype) -> dict
 
 
 def _recipe(method: str, **settings: Any) -> Recipe:
-    return Recipe(method=METHODS[method](**settings))
+    return Recipe.of(METHODS[method](**settings))
 
 
 WINDOWS = {

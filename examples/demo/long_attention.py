@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
+from retrofit.layout.sites import AttentionSite
+from retrofit.methods.block_sparse import BlockSparseConfig
+from retrofit.methods.run_state import RunState
+from retrofit.patterns import AttentionCall
 from retrofit.runtime.timing import Spread
 
 SHAPE = (1, 2, 16384, 64)  # [B, H, S, D]
@@ -25,7 +28,7 @@ class LongCall:
     Attributes:
         keep: Fraction of the pairs that was kept.
         dense_seconds: Of PyTorch's own attention, once a round.
-        sparse_seconds: Of the whole operator, choice of blocks included, once a round.
+        sparse_seconds: Of the whole method, choice of blocks included, once a round.
     """
 
     keep: float
@@ -45,11 +48,14 @@ def time_long_call(
     """Time both in interleaved rounds on random float32 tensors."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
-    grid = TokenGrid(width=shape[2])
-    sparse = BlockSparse(config=BlockSparseConfig(keep=keep), grid=grid)
+    call = AttentionCall(query=query, key=key, value=value)
+    method, layout = BlockSparseConfig(keep=keep), TokenGrid(width=shape[2])
+    site = AttentionSite(
+        path="attn", index=0, block=0, kind="self", num_heads=shape[1], head_dim=shape[3]
+    )
 
     def run_sparse() -> Tensor:
-        return sparse(query, key, value, attn_mask=None, is_causal=False, scale=None)
+        return method.attend(site, layout, call, RunState())[0]
 
     def run_dense() -> Tensor:
         return scaled_dot_product_attention(query, key, value)
@@ -58,7 +64,7 @@ def time_long_call(
     times = [(_seconds(run_dense), _seconds(run_sparse)) for _ in range(rounds)]
     dense, patched = zip(*times, strict=True)
     return LongCall(
-        keep=sparse.keep_fraction(query, key),
+        keep=method.pattern(site, layout, call, RunState()).keep(),
         dense_seconds=Spread(values=dense),
         sparse_seconds=Spread(values=patched),
     )

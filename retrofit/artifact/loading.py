@@ -10,7 +10,7 @@ from retrofit.artifact.verifying import require_patched
 from retrofit.checkpoints import find_checkpoint
 from retrofit.checkpoints.manifest import MANIFEST, Manifest
 from retrofit.checkpoints.opening import load_whole
-from retrofit.patching.handlers import GuardRoot
+from retrofit.patching.guard import GuardRoot
 from retrofit.patching.networks import find_networks, is_pipeline
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe

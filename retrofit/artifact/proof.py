@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from retrofit.families.examples import Examples, InputSize
-from retrofit.patching.handlers import AttendAtSite
 from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
+from retrofit.patching.sites import AttendAtSite
 from retrofit.runtime.devices import main_parameter
 from retrofit.runtime.errors import NonFiniteError, UnsupportedError
 from retrofit.runtime.finite import find_nonfinite
@@ -101,15 +101,15 @@ def _probe(target: Any, recipe: Recipe, network: FoundNetwork, seed: int) -> dic
         found = _run_patched(target, recipe, network, size, seed)
         if found is None:
             return None
-        sites, _ = found
-        if not sites or _sparse(sites):
+        kept, _ = found
+        if not kept or _sparse(kept):
             result = _run_both(target, recipe, network, size, seed)
             if result["relative_difference"] > UNCHANGED:
                 return result
     unit = " latents" if network.family.denoises else ""
     raise UnsupportedError(
         f"{network.where('')}: "
-        + recipe.method.explain_no_change(f"up to {sizes[-1]}{unit}, the largest size of a proof")
+        + recipe.explain_no_change(f"up to {sizes[-1]}{unit}, the largest size of a proof")
         + " A patch that is for larger inputs only is written with --no-proof."
     )
 
@@ -128,16 +128,16 @@ def _run_both(
     found = _run_patched(target, recipe, network, size, seed)
     if found is None:
         raise UnsupportedError(f"{network.where('')}: the recipe patches nothing in it.")
-    sites, patched = found
-    keeps = [keep for site in sites for keep in site.counts.keep]
+    kept, patched = found
+    keeps = [keep for site in kept.values() for keep in site]
     return {
         "name": network.name,
         "family": network.family.name,
         "dtype": _dtype(network),
         "size": asdict(size),
         "inputs": _hash_inputs(_draw_inputs(network, size, seed)),
-        "sites": len(sites),
-        "sparse_sites": len(_sparse(sites)),
+        "sites": len(kept),
+        "sparse_sites": len(_sparse(kept)),
         "keep_measured": sum(keeps) / len(keeps) if keeps else None,
         "relative_difference": float((patched - dense).norm() / dense.norm()),
         "dense": _digest(dense),
@@ -147,18 +147,18 @@ def _run_both(
 
 def _run_patched(
     target: Any, recipe: Recipe, network: FoundNetwork, size: InputSize, seed: int
-) -> tuple[list[AttendAtSite], Tensor] | None:
-    """The handlers of a network's sites after a measured run, and its output."""
+) -> tuple[dict[str, list[float]], Tensor] | None:
+    """What the calls of a network's sites kept, and its output."""
     inputs = _make_inputs(network, size, seed)
     with patch(target, recipe) as handle:
         if all(patched.module is not network.module for patched, _ in handle.networks):
             return None
-        with torch.random.fork_rng(devices=[]), handle.measuring():
+        with torch.random.fork_rng(devices=[]), handle.measuring() as kept:
             torch.manual_seed(seed)
             if network.family.denoises:
                 handle.at_step(0, STEPS)
             out = _run(network, inputs)
-        return _own_sites(handle, network), out
+        return {site.where: kept.kept[site.where] for site in _own_sites(handle, network)}, out
 
 
 def _own_sites(handle: Patch, network: FoundNetwork) -> list[AttendAtSite]:
@@ -167,8 +167,8 @@ def _own_sites(handle: Patch, network: FoundNetwork) -> list[AttendAtSite]:
     return [site for site in sites if site.site.kind != "cross"] or sites
 
 
-def _sparse(sites: Sequence[AttendAtSite]) -> list[AttendAtSite]:
-    return [site for site in sites if any(keep < 1 for keep in site.counts.keep)]
+def _sparse(kept: Mapping[str, Sequence[float]]) -> list[str]:
+    return [where for where, keeps in kept.items() if any(keep < 1 for keep in keeps)]
 
 
 @torch.no_grad()

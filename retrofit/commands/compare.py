@@ -133,7 +133,7 @@ def run(
     [bold]In Python[/bold]
 
     from retrofit.evaluate import compare_models
-    compare_models(model, {"half": Recipe(method=WindowConfig(keep=0.5))}, inputs).variants
+    compare_models(model, {"half": Recipe.of(WindowConfig(keep=0.5))}, inputs).variants
     """
     from retrofit.evaluate.checkpoints import compare_checkpoint
     from retrofit.evaluate.plot import plot as draw

@@ -56,7 +56,7 @@ def run(
 
 
 def _document(family: Family) -> None:
-    rows = [(key, r.method.name, r.description) for key, r in recipes_of(family.name).items()]
+    rows = [(key, r.methods, r.description) for key, r in recipes_of(family.name).items()]
     print_lines(
         f"{family.name}: {family.summary}",
         f"public checkpoints: {', '.join(family.examples)}",

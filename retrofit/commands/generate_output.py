@@ -140,7 +140,7 @@ def as_json(
     return result(
         family=report.families[0] if report else None,
         **report_keys(report),
-        keep_asked=getattr(handle.recipe.method, "keep", None) if handle else None,
+        keep_asked=handle.recipe.keep if handle else None,
         pictures=[
             {
                 "file": str(file),

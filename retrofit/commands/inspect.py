@@ -152,11 +152,12 @@ def _common_path(paths: list[str]) -> str:
 
 def _as_json(checkpoint: Checkpoint, reports: Sequence[NetworkReport]) -> dict[str, Any]:
     from retrofit.checkpoints.read_past import tensors_read_past
+    from retrofit.patching.recipe import method_names
 
     manifest = checkpoint.manifest
     return result(
         family=reports[0].family,
-        method=None if manifest is None else manifest.recipe["method"],
+        method=None if manifest is None else method_names(manifest.recipe),
         patched=[] if manifest is None else manifest.patched,
         skipped=[
             (path, reason) for report in reports for path, reason in report.unreachable.items()

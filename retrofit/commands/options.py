@@ -175,9 +175,9 @@ def read_recipe(method: str | None, recipe: str | None) -> Recipe | str:
     if recipe is not None:
         shipped = shipped_recipes()
         found = Recipe.read(shipped.get(recipe, Path(recipe).expanduser()))
-        if method not in (None, found.method.name):
+        if method not in (None, found.methods):
             raise InputError(
-                f"--recipe {recipe}: is for {found.method.name}, --method says {method}. "
+                f"--recipe {recipe}: is for {found.methods}, --method says {method}. "
                 "Give one of them."
             )
         return replace(found, name=f"--recipe {recipe}")

@@ -148,7 +148,7 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
         ("  in a call", *(format_bytes(cost.call_bytes) for cost in columns)),
         ("work", *(f"{cost.flops / 1e12:.3g} TFLOP" for cost in columns)),
     ]
-    print_table(("", "dense", plan.recipe.method.name), rows)
+    print_table(("", "dense", plan.recipe.methods), rows)
     for tokens, speed in sorted({**network.elsewhere, network.tokens: network.speed}.items()):
         here = "  (the size asked for)" if tokens == network.tokens else ""
         print_lines(f"at {tokens:>8} tokens: {speed:5.2f}x{here}")
@@ -203,10 +203,10 @@ def _machine(plan: Plan) -> dict[str, Any]:
 def _as_json(plan: Plan) -> dict[str, Any]:
     return result(
         family=plan.networks[0].family,
-        method=plan.recipe.method.name,
+        method=plan.recipe.methods,
         patched=plan.report.patched,
         skipped=[(skip.path, skip.reason) for skip in plan.report.skipped],
-        keep_asked=getattr(plan.recipe.method, "keep", None),
+        keep_asked=plan.recipe.keep,
         keep_measured=plan.keep_measured,
         machine={**_machine(plan), "dtype": plan.dtype},
         steps=plan.steps,

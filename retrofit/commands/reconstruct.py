@@ -222,7 +222,7 @@ def _as_json(made: Result, out: Path, written: dict[str, Any]) -> dict[str, Any]
     return result(
         family=made.network.lower(),
         **report_keys(report),
-        keep_asked=None if handle is None else getattr(handle.recipe.method, "keep", None),
+        keep_asked=None if handle is None else handle.recipe.keep,
         keep_measured=None if handle is None else handle.keep_measured(),
         out=str(out),
         views=len(made.scene.fits),

@@ -218,7 +218,7 @@ class _Run:
             row,
             recipe=handle.recipe,
             report=handle.report,
-            keep_asked=getattr(handle.recipe.method, "keep", None),
+            keep_asked=handle.recipe.keep,
             keep_measured=handle.keep_measured(),
             keep_by_site=self.kept[name],
             truth_change=self.views[name].change(self.views[DENSE]) if self.views else {},

@@ -141,7 +141,7 @@ def _saved(checkpoint: Checkpoint) -> list[Variant]:
         return []
     checkpoint.manifest.check_files(checkpoint.root)
     recipe = Recipe.from_dict(checkpoint.manifest.recipe, checkpoint.name)
-    return [Variant(name=f"as saved: {recipe.method.name}", what=recipe)]
+    return [Variant(name=f"as saved: {recipe.methods}", what=recipe)]
 
 
 def _resolve(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -103,6 +104,28 @@ class TokenGrid:
         """The same grid with nothing around it."""
         return TokenGrid(frames=self.frames, height=self.height, width=self.width)
 
+    def encode(self) -> tuple[int, ...]:
+        """Plain numbers for `decode`; a size that a traced graph leaves open becomes a constant.
+
+        References are left out: operators only know special tokens.
+        """
+        sizes = (self.frames, self.height, self.width)
+        special = (self.num_prefix_tokens, self.num_suffix_tokens, self.num_frame_prefix_tokens)
+        return tuple([len(range(size)) for size in (*sizes, *special)])
+
+    @classmethod
+    def decode(cls, code: Sequence[int]) -> TokenGrid:
+        """The grid that `encode` was called on, without its references."""
+        frames, height, width, prefix, suffix, frame_prefix = code
+        return cls(
+            frames=frames,
+            height=height,
+            width=width,
+            num_prefix_tokens=prefix,
+            num_suffix_tokens=suffix,
+            num_frame_prefix_tokens=frame_prefix,
+        )
+
     def __str__(self) -> str:
         """Short form for messages: `4x16x16 + 1x8x8 reference + 5 special`."""
         special = self.num_special_tokens - self.num_reference_tokens
@@ -112,6 +135,34 @@ class TokenGrid:
             *([f"{special} special"] if special else []),
         ]
         return " + ".join(parts)
+
+
+class Place(NamedTuple):
+    """Where tokens stand in the grid; integer tensors that broadcast."""
+
+    frame: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+
+
+def place_of(grid: TokenGrid, position: torch.Tensor) -> tuple[Place, torch.Tensor]:
+    """Places of tokens by their position in the sequence, and which of them are of the grid.
+
+    Args:
+        grid: Layout of the sequence.
+        position: int64, any shape.
+
+    Returns:
+        Places, those of special tokens being any of the grid's, and a bool tensor.
+    """
+    inside = grid.height * grid.width
+    place = position - grid.num_prefix_tokens
+    frame = place // (inside + grid.num_frame_prefix_tokens)
+    place = place % (inside + grid.num_frame_prefix_tokens) - grid.num_frame_prefix_tokens
+    is_grid = (frame >= 0) & (frame < grid.frames) & (place >= 0)
+    place = place.clamp(min=0)
+    frame = frame.clamp(0, grid.frames - 1)
+    return Place(frame, place // grid.width, place % grid.width), is_grid
 
 
 def split_positions(
@@ -172,12 +223,3 @@ def grid_with_references(grid: TokenGrid, device: torch.device | str = "cpu") ->
         pictures=torch.arange(len(shapes), device=device).repeat_interleave(counts),
         places=torch.cat(places),
     )
-
-
-def kept_pairs(grid: TokenGrid, fraction: float) -> float:
-    """Fraction of all query-key pairs, when `fraction` of those between grid tokens is kept.
-
-    Pairs with a special token on either side are always kept.
-    """
-    dropped = (1.0 - fraction) * grid.num_grid_tokens**2
-    return 1.0 - dropped / grid.num_tokens**2

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from retrofit.layout.grid import TokenGrid
 
+LEARNED = "_retrofit"  # a patch's own submodule in an attention module: its learned parts
+
 GridReader = Callable[[Any, tuple[Any, ...], dict[str, Any]], TokenGrid]
 """Reads the grid of a module's inner sites from the arguments of its forward.
 

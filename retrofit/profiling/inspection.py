@@ -22,8 +22,8 @@ from retrofit.families.examples import Examples, InputSize
 from retrofit.layout.picture_sizes import refuse_off_grid
 from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods import METHODS
-from retrofit.patching.handlers import UNREACHED
 from retrofit.patching.networks import FoundNetwork, find_networks, module_of
+from retrofit.patching.sites import UNREACHED
 from retrofit.runtime.errors import InputError
 from retrofit.runtime.intercept import ReplaceFunction, install, uninstall
 

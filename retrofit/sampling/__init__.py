@@ -156,7 +156,7 @@ class Generator:
         if handle is None or not handle.changes_nothing():
             return None
         size = f"{self.request.width}x{self.request.height}"
-        return handle.recipe.method.explain_no_change(size)
+        return handle.recipe.explain_no_change(size)
 
     def time_saved(self) -> TimeSaved | None:
         """What the patch saved, by dense calls after the run.

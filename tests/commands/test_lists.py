@@ -10,7 +10,8 @@ import yaml
 from retrofit.commands import options
 from retrofit.families import FAMILIES
 from retrofit.methods import METHODS
-from retrofit.patching.recipe import Recipe, shipped_recipes, with_parameters
+from retrofit.patching.recipe import Recipe, shipped_recipes
+from retrofit.patching.settings import with_parameters
 from retrofit.profiling import doctor
 
 COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}

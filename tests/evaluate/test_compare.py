@@ -36,8 +36,8 @@ from retrofit.runtime.errors import InputError, NonFiniteError, RetrofitError, U
 from retrofit.runtime.timing import Spread
 from tests import tiny_models
 
-HALF = Recipe(method=WindowConfig(keep=0.5))
-WHOLE = Recipe(method=WindowConfig(keep=1.0))
+HALF = Recipe.of(WindowConfig(keep=0.5))
+WHOLE = Recipe.of(WindowConfig(keep=1.0))
 
 
 def _texts(count: int, *, length: int = 64) -> list[ModelInput]:
@@ -172,7 +172,7 @@ def test_model_is_left_as_it_was_when_an_input_fails() -> None:
 
 def test_denoising_steps_are_told_to_the_method() -> None:
     unet = tiny_models.make_sd15_unet()
-    recipe = Recipe(method=HiDiffusionConfig(min_scale=0.0))
+    recipe = Recipe.of(HiDiffusionConfig(min_scale=0.0))
     found = compare_models(unet, {"hidiffusion": recipe}, [_latents()], rounds=1)
     row = found.variants[0]
     assert found.family == "unet2d"
@@ -193,9 +193,7 @@ def test_calls_of_one_input_are_compared_together() -> None:
 
 def test_method_that_does_not_fit_is_refused_before_anything_is_timed() -> None:
     with pytest.raises(UnsupportedError, match="hidiffusion does not fit this model"):
-        compare_models(
-            tiny_models.make_bert(), {"hi": Recipe(method=HiDiffusionConfig())}, _texts(1)
-        )
+        compare_models(tiny_models.make_bert(), {"hi": Recipe.of(HiDiffusionConfig())}, _texts(1))
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,8 @@ import pytest
 import retrofit
 from retrofit.families import FAMILIES
 from retrofit.methods import METHODS
-from retrofit.patching.recipe import Recipe, default_recipe, shipped_recipes, with_parameters
+from retrofit.patching.recipe import Recipe, default_recipe, shipped_recipes
+from retrofit.patching.settings import with_parameters
 from retrofit.runtime.errors import ConfigError
 from tests.tiny_models import FAMILY_MODELS
 
@@ -21,7 +22,7 @@ MODELS = {row.family: name for name, row in reversed(FAMILY_MODELS.items())}
 def test_a_recipe_is_named_after_its_family_and_method_and_described(name):
     recipe = Recipe.read(SHIPPED[name])
     family, method, *variant = name.split("_", 2)
-    assert (family, method) == (recipe.family, recipe.method.name)
+    assert (family, method) == (recipe.family, recipe.methods)
     assert family in FAMILIES
     assert method in METHODS
     assert 40 < len(recipe.description) < 300
