@@ -24,7 +24,8 @@ from retrofit.methods.run_state import RunState
 from retrofit.patterns import AttentionCall, Pattern
 from retrofit.profiling.bench.attention import Attention
 from retrofit.profiling.bench.lines import Line
-from retrofit.runtime.timing import load_average, pin_to_one_core, processor_name
+from retrofit.runtime.devices import device_name
+from retrofit.runtime.machine import load_average, pin_to_one_core
 from retrofit.runtime.versions import library_versions
 
 Reader = Callable[[str], Any]
@@ -58,9 +59,8 @@ class Machine:
 
     def to_dict(self) -> dict[str, Any]:
         """What a reader needs to judge the times."""
-        on_gpu = self.device == "cuda"
         return {
-            "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
+            "device": device_name(self.device),
             "cores": os.cpu_count(),
             "threads": self.threads,
             "pinned": self.core is not None,

@@ -26,7 +26,8 @@ from retrofit.profiling.bench.attention import Attention, Shape
 from retrofit.profiling.cost.network_plan import cost_of
 from retrofit.profiling.cost.rates import measure_rates
 from retrofit.profiling.cost.trace import Trace, tracing
-from retrofit.runtime.timing import Contender, Race, Spread, load_average, race
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Contender, Race, Spread, race
 
 CLOSE = 0.25
 ROUNDS = 5

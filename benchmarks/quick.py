@@ -27,7 +27,8 @@ from retrofit.patterns import Neighborhood
 from retrofit.profiling.bench.attention import Attention, Shape
 from retrofit.profiling.bench.lines import Line, time_routes
 from retrofit.profiling.bench.patterns import block_sparse_route, draw_block_mask, pattern_route
-from retrofit.runtime.timing import Contender, Race, Spread, load_average, race
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Contender, Race, Spread, race
 
 SEQ_LEN = 8192
 HEADS = 2

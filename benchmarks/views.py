@@ -23,7 +23,8 @@ from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.methods.run_state import RunState
 from retrofit.patching.patch import patch
 from retrofit.patterns import AttentionCall
-from retrofit.runtime.timing import Contender, Race, load_average, race
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Contender, Race, race
 
 KEEPS = (0.5, 0.25)
 HEAD_DIM = 64

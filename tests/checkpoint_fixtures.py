@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from retrofit.checkpoints import PARTIAL
 from retrofit.checkpoints.manifest import MANIFEST, Manifest, _digest
 from retrofit.commands import run
+from retrofit.runtime.outputs import PARTIAL
 from tests import tiny_pipelines
 
 BLOCKS = ("--method", "block-sparse", "--set", "block_size=[16,16]", "--set", "keep=0.25")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +13,7 @@ from retrofit.layout.sites import AttentionSite
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.methods.run_state import RunState
 from retrofit.patterns import AttentionCall
-from retrofit.runtime.timing import Spread
+from retrofit.runtime.timing import Spread, timed
 
 SHAPE = (1, 2, 16384, 64)  # [B, H, S, D]
 ROUNDS = 3
@@ -38,8 +36,7 @@ class LongCall:
     @property
     def speed(self) -> Spread:
         """Dense over sparse, for each round."""
-        pairs = zip(self.dense_seconds.values, self.sparse_seconds.values, strict=True)
-        return Spread(values=tuple(dense / sparse for dense, sparse in pairs))
+        return self.dense_seconds.ratio_to(self.sparse_seconds)
 
 
 def time_long_call(
@@ -61,16 +58,10 @@ def time_long_call(
         return scaled_dot_product_attention(query, key, value)
 
     run_sparse()  # the first call may build or load native code
-    times = [(_seconds(run_dense), _seconds(run_sparse)) for _ in range(rounds)]
+    times = [(timed(run_dense)[1], timed(run_sparse)[1]) for _ in range(rounds)]
     dense, patched = zip(*times, strict=True)
     return LongCall(
         keep=method.pattern(site, layout, call, RunState()).keep(),
         dense_seconds=Spread(values=dense),
         sparse_seconds=Spread(values=patched),
     )
-
-
-def _seconds(call: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

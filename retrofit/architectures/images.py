@@ -15,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from retrofit.runtime.errors import InputError, NotFoundError, suggest
+from retrofit.runtime.reading import PICTURE_BYTES, open_regular
 
 logger = logging.getLogger(__name__)
 
@@ -124,10 +125,10 @@ def read_photo(path: Path) -> Image.Image:
         NotFoundError: If the file does not exist.
         InputError: If it is no photo, or a damaged one.
     """
-    if not path.is_file():
+    if not path.exists():
         raise NotFoundError(f"{path}: no such file. Check the path.")
     try:
-        with Image.open(path) as opened:
+        with open_regular(path, PICTURE_BYTES) as stream, Image.open(stream) as opened:
             photo = ImageOps.exif_transpose(opened)
             photo.load()
     except UnidentifiedImageError as error:

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from retrofit.runtime.errors import CheckpointError, NotFoundError
+from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes
 
 CONFIG_NAME = "config.json"
 WEIGHTS_NAME = "model.safetensors"
@@ -165,16 +166,22 @@ def _local_weights(folder: Path) -> list[Path]:
 
 def _shard_names(index: Path) -> list[str]:
     weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index}: expected a weight_map. Download it again.")
+    if not isinstance(weight_map, dict) or not all(map(_is_shard, weight_map.values() or [None])):
+        raise CheckpointError(
+            f"{index}: expected a weight_map from tensors to files beside it. Download it again."
+        )
     return sorted(set(weight_map.values()))
+
+
+def _is_shard(name: Any) -> bool:
+    return isinstance(name, str) and Path(name).name == name and name not in ("", "..")
 
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         return {}
     try:
-        values = json.loads(file.read_text())
+        values = parse_json(read_bytes(file, JSON_BYTES))
     except (ValueError, OSError) as error:
         raise CheckpointError(f"{file}: expected json, got {error}. Write it again.") from error
     if not isinstance(values, dict):

@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from retrofit.artifact.writing import list_files, total_size
+from retrofit.artifact.copying import FileState, total_size
 from retrofit.checkpoints.layouts import CONFIG_FOLDER, Checkpoint
 from retrofit.checkpoints.manifest import MANIFEST
 from retrofit.checkpoints.opening import build_networks, load_networks
+from retrofit.checkpoints.places import list_files
 from retrofit.checkpoints.weights import PICKLES
 from retrofit.methods import Method
 from retrofit.patching.patch import Patch, patch
@@ -27,12 +28,14 @@ class Plan:
         handle: The patch, installed in networks without weights.
         files: The source's own files.
         configs: Configs to put beside a single-file checkpoint.
+        states: What files and configs were before anything was read from them.
     """
 
     checkpoint: Checkpoint
     handle: Patch
     files: dict[str, Path]
     configs: dict[str, Path]
+    states: dict[str, FileState]
 
     @property
     def recipe(self) -> Recipe:
@@ -79,20 +82,26 @@ def plan_patch(
             f"{checkpoint.name}: already patched with {method}. Undo that first: "
             f"retrofit unpatch {checkpoint.name} -o NEW_FOLDER"
         )
+    files, configs = _find_files(checkpoint)
+    states = {path: FileState.of(file) for path, file in (files | configs).items()}
     named = tuple(components) or (what.components if isinstance(what, Recipe) else ())
     networks = build_networks(checkpoint, named, trust_remote_code=trust_remote_code)
     handle = patch(networks, what, sites=sites, components=named, **parameters)
+    return Plan(checkpoint=checkpoint, handle=handle, files=files, configs=configs, states=states)
+
+
+def _find_files(checkpoint: Checkpoint) -> tuple[dict[str, Path], dict[str, Path]]:
+    """The source's own files, and configs to put beside a single one."""
     if checkpoint.file is None:
         files = list_files(checkpoint.root)
         files.pop(MANIFEST, None)  # of a patch that `save` writes anew
-        return Plan(checkpoint=checkpoint, handle=handle, files=files, configs={})
+        return files, {}
     configs = {
         f"{CONFIG_FOLDER}/{path}": file
         for path, file in list_files(checkpoint.configs).items()
         if file.suffix in (".json", ".txt", ".model")
     }
-    files = {checkpoint.file.name: checkpoint.file}
-    return Plan(checkpoint=checkpoint, handle=handle, files=files, configs=configs)
+    return {checkpoint.file.name: checkpoint.file}, configs
 
 
 def prove(

@@ -1,8 +1,8 @@
 """The proof of a patch: a seeded probe that anyone can repeat in a fresh process.
 
 One step of each patched network on example inputs, dense and patched. A proof is made only where
-at least one site really dropped work and the output changed. `retrofit.artifact.verifying`
-repeats it in a process of its own.
+at least one site really dropped work and the output changed, or ran an exact method.
+`retrofit.artifact.verifying` repeats it in a process of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from retrofit.patching.recipe import Recipe
 from retrofit.patching.sites import AttendAtSite
 from retrofit.runtime.devices import main_parameter
 from retrofit.runtime.errors import NonFiniteError, UnsupportedError
-from retrofit.runtime.finite import find_nonfinite
+from retrofit.runtime.finite import find_nonfinite, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -101,10 +101,10 @@ def _probe(target: Any, recipe: Recipe, network: FoundNetwork, seed: int) -> dic
         found = _run_patched(target, recipe, network, size, seed)
         if found is None:
             return None
-        kept, _ = found
-        if not kept or _sparse(kept):
+        kept, _, acts = found
+        if not kept or _sparse(kept) or (recipe.is_exact and acts):
             result = _run_both(target, recipe, network, size, seed)
-            if result["relative_difference"] > UNCHANGED:
+            if result["relative_difference"] > UNCHANGED or recipe.is_exact:
                 return result
     unit = " latents" if network.family.denoises else ""
     raise UnsupportedError(
@@ -119,7 +119,7 @@ def _run_both(
 ) -> dict[str, Any]:
     inputs = _make_inputs(network, size, seed)
     dense = _run(network, inputs)
-    if not bool(torch.isfinite(dense).all()):
+    if not is_finite(dense):
         culprit = network.where(find_nonfinite(network.module, lambda: _run(network, inputs)) or "")
         raise NonFiniteError(
             f"{culprit}: the dense model itself gives NaN in {_dtype(network)}. "
@@ -128,7 +128,7 @@ def _run_both(
     found = _run_patched(target, recipe, network, size, seed)
     if found is None:
         raise UnsupportedError(f"{network.where('')}: the recipe patches nothing in it.")
-    kept, patched = found
+    kept, patched, _ = found
     keeps = [keep for site in kept.values() for keep in site]
     return {
         "name": network.name,
@@ -147,8 +147,8 @@ def _run_both(
 
 def _run_patched(
     target: Any, recipe: Recipe, network: FoundNetwork, size: InputSize, seed: int
-) -> tuple[dict[str, list[float]], Tensor] | None:
-    """What the calls of a network's sites kept, and its output."""
+) -> tuple[dict[str, list[float]], Tensor, bool] | None:
+    """What the calls of a network's sites kept, its output, and whether any was ours."""
     inputs = _make_inputs(network, size, seed)
     with patch(target, recipe) as handle:
         if all(patched.module is not network.module for patched, _ in handle.networks):
@@ -156,9 +156,10 @@ def _run_patched(
         with torch.random.fork_rng(devices=[]), handle.measuring() as kept:
             torch.manual_seed(seed)
             if network.family.denoises:
-                handle.at_step(0, STEPS)
+                handle.at_step(recipe.acting_step(STEPS), STEPS)
             out = _run(network, inputs)
-        return {site.where: kept.kept[site.where] for site in _own_sites(handle, network)}, out
+        own = {site.where: kept.kept[site.where] for site in _own_sites(handle, network)}
+        return own, out, not handle.changes_nothing()
 
 
 def _own_sites(handle: Patch, network: FoundNetwork) -> list[AttendAtSite]:
@@ -281,7 +282,8 @@ def _compare_networks(recorded: Mapping[str, Any], again: Mapping[str, Any]) -> 
 
 def _distance(recorded: Mapping[str, Any], again: Mapping[str, Any]) -> float:
     """Relative distance of two digests by their samples and statistics."""
-    if recorded["numel"] != again["numel"]:
+    lengths = [(found["numel"], len(found["samples"])) for found in (recorded, again)]
+    if lengths[0] != lengths[1]:
         return float("inf")
     first = torch.tensor(recorded["samples"], dtype=torch.float64)
     second = torch.tensor(again["samples"], dtype=torch.float64)

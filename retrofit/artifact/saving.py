@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
+import stat
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from retrofit.artifact.copying import Advance, copy_files, folder_mode, keep_private, total_size
 from retrofit.artifact.planning import Plan, plan_patch, prove
-from retrofit.artifact.records import describe_patch
+from retrofit.artifact.records import describe_patch, write_learned
 from retrofit.artifact.verifying import require_patched
-from retrofit.artifact.writing import (
-    Advance,
-    copy_files,
-    new_folder,
-    refuse_full_disk,
-    refuse_output,
-    total_size,
-)
+from retrofit.artifact.writing import new_folder, refuse_full_disk, refuse_output
 from retrofit.checkpoints import find_checkpoint
-from retrofit.checkpoints.fingerprint import FileRecord
+from retrofit.checkpoints.fingerprint import LEARNED, FileRecord
 from retrofit.checkpoints.layouts import Checkpoint
 from retrofit.checkpoints.manifest import (
     MANIFEST,
@@ -56,31 +51,35 @@ def write_patched(
 
     Raises:
         InputError: If `out` can't be written.
-        RetrofitError: If the disk is too full.
+        RetrofitError: If the disk is too full, or the source changed since it was planned.
     """
     out = Path(out).expanduser()
     refuse_target(plan, out, force=force)
     check_weights(plan.checkpoint)
     if not link:
         refuse_full_disk(out, plan.num_bytes)
-    with new_folder(out, replace=force) as folder:
+    with new_folder(out, replace=force, mode=_mode(plan.checkpoint)) as folder:
         manifest = Manifest(
             source=_public_name(plan.checkpoint),
             **describe_patch(plan.handle),
-            files=copy_files(plan.files, folder, link=link, advance=advance),
-            configs=copy_files(plan.configs, folder, link=False, advance=advance),
+            files=copy_files(plan.files, folder, link=link, advance=advance, states=plan.states),
+            configs={
+                **copy_files(plan.configs, folder, link=False, advance=advance, states=plan.states),
+                **write_learned(plan.recipe, folder),
+            },
             single_file=plan.checkpoint.file.name if plan.checkpoint.file else "",
             versions=current_versions(),
             proof=proof,
         )
         manifest.write(folder)
+        keep_private(folder, folder / MANIFEST)
         refuse_target(plan, out, force=force)  # what is there now, not what was
     return manifest
 
 
 def refuse_target(plan: Plan, out: Path, *, force: bool) -> None:
     """Check, before anything is computed, that the output may be written."""
-    names = {*plan.files, *plan.configs}
+    names = {*plan.files, *plan.configs, LEARNED}
     source = plan.checkpoint.file or plan.checkpoint.root
     refuse_output(out, source, force=force, names=names, check_earlier=_check_patched)
 
@@ -117,7 +116,8 @@ def save(
     from retrofit.artifact.origin import check_unchanged, find_origin
     from retrofit.runtime.devices import pick_device
 
-    recipe = patch_of(target).recipe
+    handle = patch_of(target)
+    recipe = replace(handle.recipe, learned=handle.state_dict() or None)
     checkpoint = find_origin(target)
     plan = plan_patch(checkpoint, recipe)
     out = Path(out).expanduser()
@@ -166,7 +166,7 @@ def unpatch(
     manifest.check_files(checkpoint.root)
     if not link:
         refuse_full_disk(out, total_size(files))
-    with new_folder(out, replace=force) as hidden:
+    with new_folder(out, replace=force, mode=folder_mode(checkpoint.root)) as hidden:
         written = copy_files(files, hidden, link=link, advance=advance)
         for path, record in written.items():
             _compare(folder, path, record, manifest.files[path])
@@ -187,6 +187,14 @@ def _compare(folder: str | Path, path: str, got: FileRecord, expected: FileRecor
             f"{Path(folder) / path}: its bytes changed since patching, so the source can't be had "
             f"from it. {RESTORE}"
         )
+
+
+def _mode(checkpoint: Checkpoint) -> int | None:
+    """The permissions of a copy's folder; None are the usual ones."""
+    if checkpoint.file is None:
+        return folder_mode(checkpoint.root)
+    is_private = not checkpoint.file.stat().st_mode & (stat.S_IRGRP | stat.S_IROTH)
+    return stat.S_IRWXU if is_private else None
 
 
 def _public_name(checkpoint: Checkpoint) -> str:

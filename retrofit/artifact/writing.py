@@ -8,25 +8,23 @@ for a checkpoint and the next write to the same target removes.
 from __future__ import annotations
 
 import ctypes
-import glob
-import hashlib
 import os
+import re
+import secrets
 import shutil
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
-from retrofit.checkpoints import PARTIAL
-from retrofit.checkpoints.fingerprint import CHUNK, FileRecord, hash_file, sample_file
 from retrofit.checkpoints.manifest import MANIFEST
+from retrofit.checkpoints.places import scan
 from retrofit.runtime.errors import InputError, RetrofitError
 from retrofit.runtime.interrupts import raise_if_interrupted, shielded
-from retrofit.runtime.outputs import refuse_place
+from retrofit.runtime.outputs import PARTIAL, refuse_place
 
-Advance = Callable[[int], object]
 REPLACED = ".retrofit-replaced-"
-NOT_THE_CHECKPOINT = {".git", ".cache", "__pycache__"}
+TRIES = 20  # of making a folder whose parents another process removes
 
 
 def refuse_output(
@@ -67,8 +65,7 @@ def refuse_output(
 
 def _refuse_foreign(out: Path, names: set[str], check_earlier: Callable[[Path], object]) -> None:
     """Refuse to replace what is not an earlier result."""
-    present = (p.relative_to(out).as_posix() for p in out.rglob("*") if not p.is_dir())
-    foreign = sorted(path for path in present if path not in names | {MANIFEST})
+    foreign = sorted(_find_foreign(out, names | {MANIFEST}))
     if foreign:
         raise InputError(
             f"{out}: --force replaces only an earlier result, but it holds {foreign[0]}. "
@@ -81,6 +78,23 @@ def _refuse_foreign(out: Path, names: set[str], check_earlier: Callable[[Path], 
             f"{out}: --force replaces only an earlier result, and this is none ({error}) "
             "Give another folder, or delete it yourself."
         ) from error
+
+
+def _find_foreign(out: Path, names: set[str]) -> Iterator[str]:
+    """What retrofit did not write: other names, links, and folders that hold nothing."""
+    folders = {parent.as_posix() for name in names for parent in PurePosixPath(name).parents}
+    waiting = [out]
+    while waiting:
+        folder = waiting.pop()
+        entries = scan(folder)
+        if not entries and folder.relative_to(out).as_posix() not in folders:
+            yield f"{folder.relative_to(out).as_posix()}/"
+        for entry in entries:
+            path = Path(entry.path)
+            if entry.is_dir(follow_symlinks=False):
+                waiting.append(path)
+            elif entry.is_symlink() or path.relative_to(out).as_posix() not in names:
+                yield path.relative_to(out).as_posix()
 
 
 def refuse_full_disk(out: Path, needed: int) -> None:
@@ -99,28 +113,30 @@ def refuse_full_disk(out: Path, needed: int) -> None:
 
 
 @contextmanager
-def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_folder(out: Path, *, replace: bool = False, mode: int | None = None) -> Iterator[Path]:
     """Yield a hidden folder that becomes `out` when the block ends well, and else disappears.
 
     Args:
         out: The folder to make.
         replace: Whether what is there by then, and was checked, is replaced.
+        mode: Its permissions; nobody else can look into it before. None takes the usual ones.
 
     Raises:
         InputError: If something is there by then that may not be replaced.
     """
     out = out.absolute()
     missing = [folder for folder in out.parents if not folder.exists()]
-    out.parent.mkdir(parents=True, exist_ok=True)
-    remove_leftovers(out)
-    hidden = out.parent / f".{out.name}{PARTIAL}{os.getpid()}"
-    hidden.mkdir()
+    hidden = _make_hidden(out, 0o777 if mode is None else 0o700)
     try:
-        yield hidden
-        for folder, _, _ in os.walk(hidden):
-            _flush_folder(Path(folder))
-        raise_if_interrupted()
-        _take_name(hidden, out, replace=replace)
+        with held(hidden):
+            yield hidden
+            for folder, _, _ in os.walk(hidden):
+                _flush_folder(Path(folder))
+            if mode is not None:
+                hidden.chmod(mode)
+            raise_if_interrupted()
+            with held(out.parent):
+                _take_name(hidden, out, replace=replace)
         _flush_folder(out.parent)
     except BaseException:
         with shielded():
@@ -131,91 +147,59 @@ def new_folder(out: Path, *, replace: bool = False) -> Iterator[Path]:
         raise
 
 
+def _make_hidden(out: Path, mode: int) -> Path:
+    """A folder beside `out`, after what killed runs left there was removed."""
+    hidden = out.parent / f".{out.name}{PARTIAL}{os.getpid()}-{secrets.token_hex(4)}"
+    for left in reversed(range(TRIES)):
+        try:
+            out.parent.mkdir(parents=True, exist_ok=True)
+            with held(out.parent):
+                remove_leftovers(out)
+                hidden.mkdir(mode=mode)
+            break
+        except FileNotFoundError:  # another run failed and took the parents with it
+            if not left:
+                raise
+    return hidden
+
+
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Keep other runs that ask for the same folder out, as long as this one lives."""
+    if os.name != "posix":
+        yield
+        return
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a network disk without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
 def remove_leftovers(out: Path) -> None:
     """Remove what a killed run left beside a target; put an earlier result back if it was moved."""
-    name = glob.escape(out.name)
-    for left in sorted(out.parent.glob(f".{name}{REPLACED}*")):
+    for left in _find_leftovers(out, REPLACED):
         if not out.exists():
             left.rename(out)
-        elif not _is_running(left.name):
+        elif not _is_running(left):
             shutil.rmtree(left)
-    for left in sorted(out.parent.glob(f".{name}{PARTIAL}*")):
-        if not _is_running(left.name):
+    for left in _find_leftovers(out, PARTIAL):
+        if not _is_running(left):
             shutil.rmtree(left)
 
 
-def list_files(root: Path) -> dict[str, Path]:
-    """Every file of a checkpoint by its path, links followed; version control and caches aside."""
-    found: dict[str, Path] = {}
-    seen: set[Path] = set()
-    for folder, folders, files in os.walk(root, followlinks=True):
-        real = Path(folder).resolve()
-        folders[:] = sorted(f for f in folders if f not in NOT_THE_CHECKPOINT)
-        if real in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in sorted(files):
-            path = Path(folder) / name
-            found[path.relative_to(root).as_posix()] = path
-    return found
-
-
-def total_size(files: Mapping[str, Path]) -> int:
-    """Bytes of all of them."""
-    return sum(path.stat().st_size for path in files.values())
-
-
-def copy_files(
-    files: Mapping[str, Path], target: Path, *, link: bool, advance: Advance
-) -> dict[str, FileRecord]:
-    """Copy or link files into a folder, flush them to the disk and fingerprint them.
-
-    Raises:
-        InputError: If they can't be linked because the target is on another disk.
-    """
-    return {
-        path: copy_file(source, target / path, link=link, advance=advance)
-        for path, source in files.items()
-    }
-
-
-def copy_file(source: Path, target: Path, *, link: bool, advance: Advance) -> FileRecord:
-    """Copy or link one file; see `copy_files`."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if link:
-        try:
-            os.link(source.resolve(), target)
-        except OSError as error:
-            raise InputError(
-                f"{target.name}: can't be linked ({error.strerror}). Leave out --link, or write to "
-                "the disk that holds the source."
-            ) from error
-        sha256 = hash_file(source, advance)
-    else:
-        sha256 = _copy_and_hash(source, target, advance)
-    return FileRecord(size=target.stat().st_size, sha256=sha256, sample=sample_file(target))
-
-
-def _copy_and_hash(source: Path, target: Path, advance: Advance) -> str:
-    digest = hashlib.sha256()
-    with source.open("rb") as reading, target.open("wb") as writing:
-        while chunk := reading.read(CHUNK):
-            digest.update(chunk)
-            write(writing.fileno(), chunk, target)
-            advance(len(chunk))
-        os.fsync(writing.fileno())
-    return digest.hexdigest()
-
-
-def write(descriptor: int, chunk: bytes, target: Path) -> None:
-    """Write all of a chunk; an error names the file."""
-    view = memoryview(chunk)
-    try:
-        while view:
-            view = view[os.write(descriptor, view) :]
-    except OSError as error:
-        raise OSError(error.errno, error.strerror, str(target)) from error
+def _find_leftovers(out: Path, kind: str) -> list[Path]:
+    """Folders of the names that runs give, which end in the number of a process."""
+    named = re.compile(re.escape(f".{out.name}{kind}") + r"\d+(-[0-9a-f]{8})?")
+    return sorted(
+        Path(entry.path)
+        for entry in scan(out.parent)
+        if named.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False)
+    )
 
 
 def _flush_folder(folder: Path) -> None:
@@ -265,9 +249,31 @@ def _exchange(first: Path, second: Path) -> bool:
     return False
 
 
-def _is_running(name: str) -> bool:
-    """Whether the process whose number ends a leftover's name still runs."""
+def _is_running(left: Path) -> bool:
+    """Whether the run that made a leftover still holds it, or another process of its number runs.
+
+    The number alone says little: containers that share a disk count their own.
+    """
     import psutil
 
-    number = name.rsplit("-", 1)[-1]
-    return number.isdigit() and int(number) != os.getpid() and psutil.pid_exists(int(number))
+    number = int(left.name.rpartition(".retrofit-")[2].split("-")[1])
+    if number != os.getpid() and psutil.pid_exists(number):
+        return True
+    return _is_held(left)
+
+
+def _is_held(folder: Path) -> bool:
+    if os.name != "posix":
+        return False
+    import fcntl
+
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # a network disk without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False

@@ -23,10 +23,11 @@ from retrofit.checkpoints.layouts import (
 from retrofit.checkpoints.single_file import guess_config_repo
 from retrofit.checkpoints.weights import PICKLES, find_weights, refuse_pickle
 from retrofit.runtime.errors import CheckpointError, NotFoundError, RetrofitError
+from retrofit.runtime.outputs import PARTIAL
+from retrofit.runtime.reading import require_regular
 
-__all__ = ["HUB_ID", "PARTIAL", "Checkpoint", "find_checkpoint", "identify", "read_json"]
+__all__ = ["HUB_ID", "Checkpoint", "find_checkpoint", "identify", "read_json"]
 
-PARTIAL = ".retrofit-partial-"
 NEAR = 0.6  # likeness of a name from which on it may have been meant
 HUB_ID = re.compile(r"([\w.-]+/[\w.-]+)((?:/[\w.-]+)*)(?:@([\w./-]+))?")
 
@@ -54,7 +55,8 @@ def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = ""
     _refuse_partial(path)
     if path.is_dir():
         return identify(path, str(model))
-    if path.is_file():
+    if path.exists():
+        require_regular(path, path.stat())
         return _single_file(path, str(model), config)
     matched = HUB_ID.fullmatch(str(model))
     if matched is None or _is_misspelt(path):

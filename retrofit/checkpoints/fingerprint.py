@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from retrofit.runtime.reading import open_regular
+from retrofit.runtime.schema import Sha256, Within
+
+LEARNED = "retrofit.safetensors"  # learned parts of a patch, beside its record
 CHUNK = 1 << 20
 SAMPLE = 1 << 16
 SAMPLES = 16
@@ -22,9 +28,14 @@ class FileRecord:
         sample: sha256 of pieces spread over it, which a load can afford to check.
     """
 
-    size: int
-    sha256: str
-    sample: str
+    size: Annotated[int, Within(0, 2**60)]
+    sha256: Sha256
+    sample: Sha256
+
+    @classmethod
+    def of(cls, file: Path) -> FileRecord:
+        """Of a file that is there."""
+        return cls(size=file.stat().st_size, sha256=hash_file(file), sample=sample_file(file))
 
     def matches(self, file: Path, *, written_before: int) -> bool:
         """Whether a file is the one recorded.
@@ -44,9 +55,9 @@ class FileRecord:
 
 def sample_file(file: Path) -> str:
     """sha256 of a file's size and of pieces spread evenly over it, its ends included."""
-    size = file.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        digest = hashlib.sha256(str(size).encode())
         for i in range(SAMPLES):
             stream.seek(max(0, size - SAMPLE) * i // (SAMPLES - 1))
             digest.update(stream.read(SAMPLE))
@@ -56,7 +67,7 @@ def sample_file(file: Path) -> str:
 def hash_file(file: Path, advance: Callable[[int], object] = lambda amount: None) -> str:
     """sha256 of a file; `advance` is told of every number of bytes read."""
     digest = hashlib.sha256()
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
         while chunk := stream.read(CHUNK):
             digest.update(chunk)
             advance(len(chunk))

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from retrofit.checkpoints.weights import TensorInfo, read_header
+from retrofit.checkpoints.headers import TensorInfo
+from retrofit.checkpoints.weights import read_header
 
 if TYPE_CHECKING:
     from torch import nn

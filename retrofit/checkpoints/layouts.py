@@ -2,20 +2,32 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypedDict
 
 from retrofit.architectures.recognition import recognise_config, recognise_tensors
+from retrofit.checkpoints.config_limits import CONFIGS, check_numbers
 from retrofit.checkpoints.manifest import MANIFEST, Manifest
+from retrofit.checkpoints.places import is_plain_name
 from retrofit.checkpoints.single_file import denoising_component, holds_pipeline
 from retrofit.checkpoints.weights import find_weights, read_header
 from retrofit.runtime.errors import CheckpointError
+from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes, require_regular
+from retrofit.runtime.schema import OTHER_KEYS, find_problems
 
 Layout = Literal["pipeline", "diffusers", "transformers", "retrofit", "single-file"]
 CONFIG_FOLDER = "config"  # configs of a single-file checkpoint, beside it once it is patched
+
+
+class NetworkConfig(TypedDict, total=False):
+    """What is read of a config without the library that it belongs to."""
+
+    _class_name: str
+    model_type: str | None
+    architectures: list[str] | None
+    auto_map: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +62,7 @@ class Checkpoint:
         file = self.config_folder(component) / "config.json"
         if self.classes.get(component, ("", ""))[0] == "retrofit" and not file.is_file():
             return {}
-        return read_json(file)
+        return read_config(file)
 
     def config_folder(self, component: str) -> Path:
         """Where a component's config lies."""
@@ -67,6 +79,7 @@ def identify(folder: Path, name: str) -> Checkpoint:
     Raises:
         CheckpointError: If it holds no checkpoint of a known layout.
     """
+    refuse_special_files(folder)
     manifest = Manifest.read(folder) if (folder / MANIFEST).exists() else None
     if (folder / "model_index.json").is_file():
         return _pipeline(folder, name, manifest)
@@ -88,6 +101,31 @@ def identify(folder: Path, name: str) -> Checkpoint:
     )
 
 
+def refuse_special_files(folder: Path) -> None:
+    """Refuse pipes and devices where a library would read a file: it would hang, or never end.
+
+    Raises:
+        InputError: With the first one's name.
+    """
+    for file in sorted(folder.iterdir()):
+        if file.exists() and not file.is_dir():
+            require_regular(file, file.stat())
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """The config of a network, none of whose numbers is absurd.
+
+    Raises:
+        CheckpointError: If one is, or the file is missing or no JSON object.
+    """
+    config = read_json(file)
+    check_numbers(config, file)
+    problems = find_problems(config, Annotated[NetworkConfig, OTHER_KEYS])
+    if problems:
+        raise CheckpointError(f"{file}: {'; '.join(problems)}. Fetch the checkpoint again.")
+    return config
+
+
 def read_json(file: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -95,7 +133,7 @@ def read_json(file: Path) -> dict[str, Any]:
         CheckpointError: If the file is missing or not one.
     """
     try:
-        data = json.loads(file.read_text())
+        data = parse_json(read_bytes(file, JSON_BYTES))
     except FileNotFoundError as error:
         raise CheckpointError(f"{file}: missing. Fetch the checkpoint again.") from error
     except ValueError as error:
@@ -111,27 +149,43 @@ def _pipeline(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
     for component, entry in index.items():
         if not isinstance(entry, list) or len(entry) != 2 or not all(entry):
             continue
+        if not is_plain_name(component):
+            raise CheckpointError(
+                f"{name}: model_index.json lists {component!r}, which leads out of the checkpoint "
+                "or to the whole of it. Fetch the checkpoint again."
+            )
         if not (folder / component).is_dir():
             raise CheckpointError(
                 f"{name}: model_index.json lists {component}, but its folder is missing. "
                 "Fetch the checkpoint again."
             )
+        refuse_special_files(folder / component)
+        for file in CONFIGS:
+            if (folder / component / file).is_file():
+                read_config(folder / component / file)
         if (folder / component / "config.json").is_file():
             classes[component] = (str(entry[0]), str(entry[1]))
     class_name = index.get("_class_name")
+    if isinstance(class_name, list):
+        class_name = class_name[-1] if class_name else None
+    if not isinstance(class_name, str):
+        raise CheckpointError(
+            f"{folder / 'model_index.json'}: _class_name: expected a text, got {class_name!r}. "
+            "Fetch the checkpoint again."
+        )
     return Checkpoint(
         name=name,
         root=folder,
         layout="pipeline",
         classes=classes,
         configs=folder,
-        pipeline_class=class_name[-1] if isinstance(class_name, list) else class_name,
+        pipeline_class=class_name,
         manifest=manifest,
     )
 
 
 def _component(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
-    config = read_json(folder / "config.json")
+    config = read_config(folder / "config.json")
     own_network = recognise_config(config)
     if own_network is not None:
         return _own_network(folder, own_network, name, manifest)

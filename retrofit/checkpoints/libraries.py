@@ -4,17 +4,29 @@ from __future__ import annotations
 
 import importlib
 import shlex
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
 from retrofit.architectures.recognition import network_class
-from retrofit.checkpoints import Checkpoint
+from retrofit.checkpoints import Checkpoint, read_json
 from retrofit.runtime.errors import CheckpointError, UnsupportedError, suggest
+from retrofit.runtime.schema import OTHER_KEYS, find_problems
 
 if TYPE_CHECKING:
     import torch
 
+LIBRARY_ERRORS = (
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    AssertionError,
+)
 LIBRARIES = ("diffusers", "transformers", "retrofit")
 
 
@@ -93,7 +105,9 @@ def failing_as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
     """What a library says about a checkpoint it can't open, as one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+    except Exception as error:
+        if type(error) is not Exception and not isinstance(error, LIBRARY_ERRORS):
+            raise  # the tokenizers' library raises bare ones
         if isinstance(error, OSError) and error.errno is not None:
             raise
         if type(error).__name__ == "OutOfMemoryError":
@@ -103,6 +117,37 @@ def failing_as_checkpoint_error(checkpoint: Checkpoint) -> Iterator[None]:
         raise CheckpointError(
             f"{checkpoint.name}: can't be opened ({type(error).__name__}: {text}). Check that its "
             "config belongs to its weights, and that the library is as new as the checkpoint."
+        ) from error
+
+
+class TokenizerFile(TypedDict):
+    """What every `tokenizer.json` has; the library checks the rest."""
+
+    model: Mapping[str, Any]
+
+
+def open_tokenizer(folder: Path) -> Any:
+    """The tokenizer beside a model.
+
+    Raises:
+        CheckpointError: If its files are damaged.
+    """
+    from transformers import AutoTokenizer
+
+    file = folder / "tokenizer.json"
+    problems = []
+    if file.is_file():
+        found = read_json(file)
+        problems = find_problems(found, Annotated[TokenizerFile, OTHER_KEYS])
+    if problems:
+        raise CheckpointError(f"{file}: {'; '.join(problems)}. Fetch the checkpoint again.")
+    try:
+        return AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - the library raises bare ones
+        text = " ".join(str(error).split())[:300]
+        raise CheckpointError(
+            f"{folder}: its tokenizer can't be opened ({type(error).__name__}: {text}). Fetch the "
+            "checkpoint again."
         ) from error
 
 

@@ -7,17 +7,19 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
-from retrofit.checkpoints.fingerprint import FileRecord
+from retrofit.checkpoints.fingerprint import LEARNED, FileRecord
+from retrofit.checkpoints.places import is_inside, is_plain_name
+from retrofit.checkpoints.record_types import Record
 from retrofit.runtime.errors import CheckpointError, VerificationError
-
-if TYPE_CHECKING:
-    pass
+from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes
+from retrofit.runtime.schema import find_problems
 
 MANIFEST = "retrofit.json"
-SCHEMA = 1
+SCHEMA = 2
+SHORT_SCHEMA = 1  # of a recipe that every version reads: one rule, nothing learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +34,8 @@ class Manifest:
         changed: Paths of the other modules that the method changes.
         skipped: `[path, reason]` of every site left dense.
         files: Fingerprints by path of the source's own files.
-        configs: The same for configs added beside a single-file checkpoint.
+        configs: The same for what the patch added: configs beside a single-file checkpoint, learned
+            parts.
         single_file: Name of the file of such a checkpoint, else empty.
         versions: Of Python and the libraries it was written with.
         proof: See `retrofit.artifact.proof`; None when it was not asked for.
@@ -60,7 +63,7 @@ class Manifest:
         """
         where = folder / MANIFEST
         try:
-            data = json.loads(where.read_text())
+            data = parse_json(read_bytes(where, JSON_BYTES))
         except ValueError as error:
             raise CheckpointError(f"{where}: expected JSON: {error}. {_PATCH_AGAIN}") from error
         schema = data.get("schema") if isinstance(data, dict) else None
@@ -69,7 +72,7 @@ class Manifest:
                 f"{where}: written by a newer retrofit (schema {schema}, this one reads {SCHEMA}). "
                 "Upgrade: pip install --upgrade retrofit-attention"
             )
-        if schema != SCHEMA:
+        if schema not in (SHORT_SCHEMA, SCHEMA):
             raise CheckpointError(
                 f"{where}: expected `schema` {SCHEMA}, got {schema!r}. {_PATCH_AGAIN}"
             )
@@ -80,12 +83,20 @@ class Manifest:
             raise VerificationError(
                 f"{where}: edited after it was written, so its proof says nothing. {_PATCH_AGAIN}"
             )
-        try:
-            records = {key: _read_files(data[key]) for key in ("files", "configs")}
-        except (TypeError, AttributeError) as error:
-            raise CheckpointError(f"{where}: files: {error}. {_PATCH_AGAIN}") from error
+        problems = find_problems(data, Record) or _check_places(data)
+        if problems:
+            raise CheckpointError(f"{where}: {'; '.join(problems)}. {_PATCH_AGAIN}")
+        records = {
+            key: {path: FileRecord(**record) for path, record in data[key].items()}
+            for key in ("files", "configs")
+        }
         rest = {k: v for k, v in data.items() if k not in ("schema", "digest", *records)}
         return cls(**{**rest, **records, "family": tuple(data["family"])})
+
+    @property
+    def has_learned(self) -> bool:
+        """Whether learned parts lie beside it."""
+        return LEARNED in self.configs
 
     @property
     def patched(self) -> list[str]:
@@ -97,7 +108,8 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, with the schema in front and a digest of the whole at the end."""
-        data: dict[str, Any] = {"schema": SCHEMA}
+        needs_rules = "rules" in self.recipe or LEARNED in self.configs
+        data: dict[str, Any] = {"schema": SCHEMA if needs_rules else SHORT_SCHEMA}
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name in ("files", "configs"):
@@ -149,11 +161,16 @@ def _digest(data: Mapping[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def _read_files(data: Mapping[str, Any]) -> dict[str, FileRecord]:
-    for path in data:
-        if PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts:
-            raise TypeError(f"{path!r} leads out of the checkpoint")
-    return {path: FileRecord(**record) for path, record in data.items()}
+def _check_places(data: Mapping[str, Any]) -> list[str]:
+    """What of a record would lead out of the checkpoint's folder."""
+    listed = {**data["files"], **data["configs"]}
+    problems = [
+        f"files: {path!r} leads out of the checkpoint" for path in listed if not is_inside(path)
+    ]
+    single = data["single_file"]
+    if single and (single not in data["files"] or not is_plain_name(single)):
+        problems.append(f"single_file: expected the name of one of its files, got {single!r}")
+    return problems
 
 
 def _check_keys(data: Mapping[str, Any]) -> list[str]:

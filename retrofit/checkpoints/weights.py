@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 import re
 import shlex
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
+from retrofit.checkpoints.fingerprint import LEARNED
+from retrofit.checkpoints.headers import HEADER_BYTES, TensorInfo, parse_header
 from retrofit.runtime.errors import CheckpointError
+from retrofit.runtime.reading import JSON_BYTES, open_regular, parse_json, read_bytes
 
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl")
 BASES = ("model", "diffusion_pytorch_model")
 SHARD = re.compile(r".*-\d{5}-of-\d{5}(\..+)?\.safetensors")
 FLOATS = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 AGAIN = "Fetch the checkpoint again."
-
-
-class TensorInfo(NamedTuple):
-    """What a header says of one tensor."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    num_bytes: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,22 +59,19 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     Raises:
         CheckpointError: If the file is cut short, too long, or not safetensors.
     """
-    size = file.stat().st_size
-    with file.open("rb") as stream:
+    with open_regular(file) as stream:
+        size = os.fstat(stream.fileno()).st_size
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
             raise _corrupt(file, f"a header of {length} bytes in a file of {size}")
+        if length > HEADER_BYTES:
+            raise _corrupt(file, f"a header of {length} bytes, {HEADER_BYTES} at most")
         text = stream.read(length)
     try:
-        data = json.loads(text)
-        tensors = {
-            name: _tensor_info(entry) for name, entry in data.items() if name != "__metadata__"
-        }
-        end = max(
-            (entry["data_offsets"][1] for n, entry in data.items() if n in tensors), default=0
-        )
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        tensors = parse_header(text)
+    except ValueError as error:
         raise _corrupt(file, f"a header that can't be read ({error})") from error
+    end = sum(tensor.num_bytes for tensor in tensors.values())
     if size != 8 + length + end:
         raise _corrupt(file, f"{size} bytes where its header says {8 + length + end}")
     return tensors
@@ -87,7 +79,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def find_weights(folder: Path) -> list[Path]:
     """The safetensors files of a folder."""
-    return sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name != LEARNED]
 
 
 def check_folder(folder: Path, *, convert: str) -> Weights:
@@ -140,11 +133,6 @@ def refuse_pickle(file: Path) -> CheckpointError:
     )
 
 
-def _tensor_info(entry: Mapping[str, Any]) -> TensorInfo:
-    start, end = entry["data_offsets"]
-    return TensorInfo(str(entry["dtype"]), tuple(map(int, entry["shape"])), int(end) - int(start))
-
-
 def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     shards: dict[str, list[str]] = {}
     for tensor, shard in _read_index(index)["weight_map"].items():
@@ -166,7 +154,7 @@ def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -
 
 def _read_index(index: Path) -> dict[str, Any]:
     try:
-        data = json.loads(index.read_text())
+        data = parse_json(read_bytes(index, JSON_BYTES))
     except ValueError as error:
         raise CheckpointError(f"{index}: expected JSON: {error}. {AGAIN}") from error
     shards = data.get("weight_map") if isinstance(data, dict) else None

@@ -33,8 +33,10 @@ from retrofit.commands import (
 from retrofit.commands.console import print_json, result, say
 from retrofit.runtime.errors import RetrofitError, StoppedError
 from retrofit.runtime.interrupts import raise_if_interrupted, watched
+from retrofit.runtime.machine import wait_passively
 from retrofit.runtime.outputs import FULL
 
+BY_SIGNAL = 128  # exit codes above are 128 and the number of a signal
 INTERRUPTED = 130
 PERMISSIONS = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -114,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice on loading is not for our users
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    wait_passively()
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 
@@ -124,16 +127,17 @@ def run(arguments: list[str]) -> int:
         arguments: Without the program's name. `--debug` may stand anywhere.
 
     Returns:
-        0 done, 2 wrong input, 1 a failure, 130 Ctrl-C.
+        0 done, 2 wrong input, 1 a failure, 130 Ctrl-C, 143 SIGTERM.
     """
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
         with watched():
-            code = app(arguments, prog_name="retrofit", standalone_mode=False)
-            raise_if_interrupted()
+            code = _run_verb(arguments)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except SystemExit as left:
+        code = left.code
     except Exception as error:  # noqa: BLE001 - the boundary: nothing passes as a traceback
         if debug:
             traceback.print_exc()
@@ -141,18 +145,36 @@ def run(arguments: list[str]) -> int:
         line = line if isinstance(error, StoppedError) else f"error: {line}"
         finished = getattr(error, "finished", {})
         return _fail(line, code, as_json="--json" in arguments, finished=finished)
-    if code == INTERRUPTED:
+    if isinstance(code, int) and code > BY_SIGNAL:
         line = "stopped; nothing was left half-written."
         return _fail(line, code, as_json="--json" in arguments)
     return code if isinstance(code, int) else 0
 
 
+def _run_verb(arguments: list[str]) -> Any:
+    """Its exit code; whatever a library made of an interruption, it is one."""
+    try:
+        code = app(arguments, prog_name="retrofit", standalone_mode=False)
+        sys.stdout.flush()
+    except StoppedError:
+        raise
+    except Exception:
+        raise_if_interrupted()
+        raise
+    raise_if_interrupted()
+    return code
+
+
 def _fail(line: str, code: int, *, as_json: bool, finished: Mapping[str, Any] | None = None) -> int:
     """Say what went wrong: a line for people, and an object where one was asked for."""
     say(line)
-    if as_json:
-        said = {"error": line.removeprefix("error: "), "exit_code": code}
-        print_json({**result(), **(finished or {}), **said})
+    try:
+        if as_json:
+            said = {"error": line.removeprefix("error: "), "exit_code": code}
+            print_json({**result(), **(finished or {}), **said})
+        sys.stdout.flush()
+    except OSError:  # full or closed, which the line may be about; Python would say so again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return code
 
 

@@ -66,7 +66,9 @@ def run(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option("--seed", help="Of the inputs.", rich_help_panel=SIZE, max=options.MAX_SEED),
+        typer.Option(
+            "--seed", help="Of the inputs.", rich_help_panel=SIZE, min=0, max=options.MAX_SEED
+        ),
     ] = 0,
     rounds: Annotated[
         int | None,
@@ -76,6 +78,7 @@ def run(
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     plot: options.Plot = None,
     out: Annotated[
@@ -115,6 +118,7 @@ def run(
     """
     for number in tokens or []:
         options.require_positive("tokens", number)
+    options.set_threads(threads)
     options.require_positive("rounds", rounds)
     options.require_positive("frames", frames)
     options.refuse_picture("--plot", plot)

@@ -81,7 +81,9 @@ def run(
     ] = None,
     seed: Annotated[
         int,
-        typer.Option("--seed", help="Of the inputs.", rich_help_panel=INPUTS, max=options.MAX_SEED),
+        typer.Option(
+            "--seed", help="Of the inputs.", rich_help_panel=INPUTS, min=0, max=options.MAX_SEED
+        ),
     ] = 0,
     rounds: Annotated[
         int,
@@ -105,6 +107,7 @@ def run(
     sheet: pictures.Sheet = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     plot: options.Plot = None,
     json: options.Json = False,
@@ -135,6 +138,7 @@ def run(
     from retrofit.evaluate import compare_models
     compare_models(model, {"half": Recipe.of(WindowConfig(keep=0.5))}, inputs).variants
     """
+    options.set_threads(threads)
     from retrofit.evaluate.checkpoints import compare_checkpoint
     from retrofit.evaluate.plot import plot as draw
 

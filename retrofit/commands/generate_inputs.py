@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from retrofit.commands.console import say
 from retrofit.runtime.errors import InputError, NotFoundError
+from retrofit.runtime.reading import read_text
 
 if TYPE_CHECKING:
     from retrofit.sampling import Generator
@@ -41,7 +42,7 @@ def read_prompts(prompts: list[str] | None, file: Path | None) -> list[str]:
     if file is None:
         return list(prompts or [])
     try:
-        lines = file.expanduser().read_text(encoding="utf-8").splitlines()
+        lines = read_text(file.expanduser()).splitlines()
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "not a text in UTF-8"
         raise NotFoundError(
@@ -87,9 +88,14 @@ def make_request(
     from retrofit.sampling.png import read_record
 
     record = read_record(like)
-    request = Request.from_dict(record.get("request") or {}, f"--like {like}")
+    request = Request.from_dict(record.get("request", {}), f"--like {like}")
+    place = record.get("place", 0)
+    if place >= len(request.prompts):
+        raise InputError(
+            f"--like {like}: its recipe is damaged (place: expected less than the "
+            f"{len(request.prompts)} prompts, got {place}). Give another picture."
+        )
     _name_what_is_fetched(request, given | ({"model": model} if model else {}), like)
-    place = int(record.get("place", 0))
     if len(prompts) > 1 or num_images > 1:
         raise InputError("--like: makes one picture. Give one --prompt at most, and no -n.")
     if prompts or seed is not None:
@@ -146,7 +152,9 @@ def refuse_other_model(
     """
     from retrofit.sampling.pipelines import fingerprint
 
-    if record is None or record["model"].get("fingerprint") == fingerprint(generator.checkpoint):
+    if record is None or record.get("model", {}).get("fingerprint") == fingerprint(
+        generator.checkpoint
+    ):
         return
     raise InputError(
         f"--like {like}: made with other weights than {generator.request.model} has now. Name the "

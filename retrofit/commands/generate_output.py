@@ -23,6 +23,7 @@ LONG = 60.0  # seconds from which on a run's time is said before it
 DIFFERENCES = {
     "saved": "{} ({:.0%}) saved",
     "lost": "{} ({:.0%}) lost: at this size the patch does not pay",
+    "busy": "can't tell: the machine is busy",
     "few": "too few calls to say what the patch saves",
     "alike": "no difference beyond what two runs of the same work differ by",
 }

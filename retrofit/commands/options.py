@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrofit.runtime.errors import ConfigError, InputError
+from retrofit.runtime.machine import MAX_THREADS, use_threads
 from retrofit.runtime.outputs import refuse_file
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", help="cuda, cpu, ...; the GPU where there is one.", rich_help_panel=WHERE
+        "--device", help="cuda, mps, xpu, cpu; the GPU where there is one.", rich_help_panel=WHERE
     ),
 ]
 Dtype = Annotated[
@@ -47,6 +48,14 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         help="float32, bfloat16 or float16; the checkpoint's own by default.",
+        rich_help_panel=WHERE,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        help="Of the CPU. One is steadiest while other programs run.",
         rich_help_panel=WHERE,
     ),
 ]
@@ -132,7 +141,7 @@ def read_settings(settings: list[str] | None) -> dict[str, Any]:
     Raises:
         ConfigError: If one has no value, or is the word that people read both ways.
     """
-    import yaml
+    from retrofit.runtime.reading import parse_yaml
 
     values: dict[str, Any] = {}
     for setting in settings or []:
@@ -146,8 +155,8 @@ def read_settings(settings: list[str] | None) -> dict[str, Any]:
                 "of the work, keep=0.9 leaves nine tenths."
             )
         try:
-            values[name] = _as_number(yaml.safe_load(text))
-        except yaml.YAMLError as error:
+            values[name] = _as_number(parse_yaml(text))
+        except ValueError as error:
             raise ConfigError(
                 f"--set {setting}: expected a number, a word or a list like [1,2], got {text!r}."
             ) from error
@@ -224,3 +233,16 @@ def require_positive(name: str, value: int | None) -> None:
     """
     if value is not None and value < 1:
         raise InputError(f"--{name} {value}: expected 1 or more.")
+
+
+def set_threads(threads: int | None) -> None:
+    """Compute in as many threads as `--threads` says; None leaves it to PyTorch.
+
+    Raises:
+        InputError: If it is no number of threads.
+    """
+    if threads is None:
+        return
+    if not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"--threads {threads}: expected 1 to {MAX_THREADS}.")
+    use_threads(threads)

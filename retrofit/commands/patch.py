@@ -65,11 +65,16 @@ def run(
     seed: Annotated[
         int,
         typer.Option(
-            "--seed", help="Of the probe.", rich_help_panel=options.WHERE, max=options.MAX_SEED
+            "--seed",
+            help="Of the probe.",
+            rich_help_panel=options.WHERE,
+            min=0,
+            max=options.MAX_SEED,
         ),
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -101,6 +106,7 @@ def run(
     """
     if out is None and not dry_run:
         raise InputError("expected -o FOLDER, or --dry-run. Say where to write.")
+    options.set_threads(threads)
     from retrofit.artifact.planning import plan_patch, prove
     from retrofit.artifact.saving import refuse_target, write_patched
     from retrofit.checkpoints import find_checkpoint

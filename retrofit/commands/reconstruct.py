@@ -89,6 +89,7 @@ def run(
     ] = 8,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -143,6 +144,7 @@ def run(
         raise InputError(f"--fit {fit}: unknown. {suggest(fit, FITS)}")
     if not 0 <= drop < 1:
         raise InputError(f"--drop {drop}: expected 0 or more and less than 1.")
+    options.set_threads(threads)
     what = None if method is None and recipe is None else options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
     if what is None and (parameters or sites):

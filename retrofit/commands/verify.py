@@ -10,6 +10,7 @@ def run(
     out: options.Patched,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -34,6 +35,7 @@ def run(
     from retrofit.artifact.verifying import verify_checkpoint
     verify_checkpoint("minilm-sparse/").proof
     """
+    options.set_threads(threads)
     from retrofit.artifact.verifying import require_patched, verify_checkpoint
     from retrofit.checkpoints import find_checkpoint
     from retrofit.commands.patch import keep_measured, summarize_proof

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from retrofit.checkpoints import Checkpoint
+from retrofit.checkpoints import Checkpoint, read_json
+from retrofit.checkpoints.libraries import open_tokenizer
 from retrofit.evaluate.measure import ModelCall, ModelInput
 from retrofit.evaluate.samples import collect_documents, draw_pictures
 from retrofit.evaluate.scenes import NamedScene, read_scenes
@@ -22,6 +22,7 @@ from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.profiling.inspection import AskedSize
 from retrofit.reconstruct.fitting import Fitting
 from retrofit.runtime.errors import InputError, NotFoundError, UnsupportedError
+from retrofit.runtime.reading import PICTURE_BYTES, open_regular, read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -151,14 +152,12 @@ def _texts(
     network: FoundNetwork, choice: InputChoice, folder: Path | None, size: InputSize
 ) -> list[ModelInput]:
     """Documents as the tokenizer cuts them at `size.tokens`; shorter than that only if given."""
-    if not _has_tokenizer(folder):
+    if folder is None or not _has_tokenizer(folder):
         raise NotFoundError(
             f"{folder or network.where('')}: expected a tokenizer beside the model, got none. "
             "Leave --inputs out to compare on random tokens."
         )
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = open_tokenizer(folder)
 
     def encode(text: str) -> dict[str, Tensor]:
         encoded = tokenizer(text, truncation=True, max_length=size.tokens, return_tensors="pt")
@@ -180,7 +179,7 @@ def _texts(
 
 def _read_text(file: Path) -> str:
     try:
-        text = file.read_text(encoding="utf-8")
+        text = read_text(file)
     except UnicodeDecodeError as error:
         raise InputError(f"{file}: expected a text in UTF-8, got something else.") from error
     if not text.strip():
@@ -217,7 +216,7 @@ def _open_pictures(files: Sequence[Path]) -> Iterator[tuple[str, Image]]:
 
     for file in files:
         try:
-            with Image.open(file) as picture:
+            with open_regular(file, PICTURE_BYTES) as stream, Image.open(stream) as picture:
                 yield file.name, picture.convert("RGB")
         except UnidentifiedImageError as error:
             raise InputError(f"{file}: expected a picture, got something else.") from error
@@ -228,7 +227,7 @@ def _normaliser(folder: Path | None) -> Callable[[Image], Tensor]:
     import numpy as np
 
     file = None if folder is None else folder / "preprocessor_config.json"
-    settings = json.loads(file.read_text()) if file is not None and file.is_file() else {}
+    settings = read_json(file) if file is not None and file.is_file() else {}
     mean = torch.tensor(settings.get("image_mean") or [0.5] * 3).view(1, 3, 1, 1)
     deviation = torch.tensor(settings.get("image_std") or [0.5] * 3).view(1, 3, 1, 1)
 

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from retrofit.runtime.devices import to_float64
+
 Better = Literal["lower", "higher"]
 
 
@@ -73,20 +75,19 @@ def output_tensor(output: Any) -> Tensor:
 
 def relative_error(dense: Tensor, patched: Tensor) -> float:
     """`||patched - dense|| / ||dense||` over all elements, in float64."""
-    dense, patched = dense.double(), patched.double()
+    dense, patched = to_float64(dense), to_float64(patched)
     return float((patched - dense).norm() / dense.norm())
 
 
 def cosine(dense: Tensor, patched: Tensor) -> float:
     """Cosine between the two outputs, each taken as one long vector, in float64."""
-    return float(
-        functional.cosine_similarity(dense.double().flatten(), patched.double().flatten(), dim=0)
-    )
+    dense, patched = to_float64(dense).flatten(), to_float64(patched).flatten()
+    return float(functional.cosine_similarity(dense, patched, dim=0))
 
 
 def mean_embedding(output: Tensor) -> Tensor:
     """Mean over the tokens of `[1, S, D]`, of length 1: `[D]`, as sentence encoders pool."""
-    return functional.normalize(output.double().mean(dim=1)[0], dim=0)
+    return functional.normalize(to_float64(output).mean(dim=1)[0], dim=0)
 
 
 def embedding_cosine(dense: Tensor, patched: Tensor) -> float:

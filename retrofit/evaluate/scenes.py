@@ -8,7 +8,6 @@ scene of which nothing is known.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,8 @@ from retrofit.evaluate.truth import TrueScene
 from retrofit.reconstruct.fitting import Fitting
 from retrofit.reconstruct.inputs import IMAGES
 from retrofit.runtime.errors import InputError, NotFoundError
+from retrofit.runtime.finite import is_finite
+from retrofit.runtime.reading import JSON_BYTES, open_regular, parse_json, read_bytes
 
 CAMERAS = "cameras.json"
 DEPTH = "depth.npy"
@@ -127,9 +128,9 @@ def _photos(folder: Path) -> list[Path]:
 
 def _read_frames(file: Path) -> list[_Frame]:
     try:
-        frames = json.loads(file.read_text())["frames"]
+        frames = parse_json(read_bytes(file, JSON_BYTES))["frames"]
         return [_read_frame(file, index, frame) for index, frame in enumerate(frames)]
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise InputError(f"{file}: expected JSON, got {error}. Write it again.") from error
     except (KeyError, TypeError) as error:
         raise InputError(
@@ -166,7 +167,7 @@ def _matrix(values: Any, shape: tuple[int, int], where: str) -> Tensor:
         matrix = torch.tensor(values, dtype=torch.float32)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: expected numbers, got {error}.") from error
-    if matrix.shape != shape or not bool(matrix.isfinite().all()):
+    if matrix.shape != shape or not is_finite(matrix):
         raise InputError(
             f"{where}: expected {shape[0]} rows of {shape[1]} finite numbers, got {values}."
         )
@@ -223,10 +224,11 @@ def in_first_axes(extrinsics: Tensor) -> Tensor:
 
 
 def _read_depth(file: Path, views: int) -> Tensor | None:
-    if not file.is_file():
+    if not file.exists():
         return None
     try:
-        depth = np.load(file)
+        with open_regular(file) as stream:
+            depth = np.lib.format.read_array(stream, allow_pickle=False)
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: expected an array of NumPy's, got {error}.") from error
     if depth.ndim != 3 or len(depth) != views or depth.dtype.kind != "f":

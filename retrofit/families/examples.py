@@ -6,12 +6,13 @@ Used to count work on the meta device and to prove a patch; never to judge quali
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from retrofit.runtime.errors import UnsupportedError
 
@@ -69,6 +70,28 @@ class Examples:
     latent_scale: tuple[int, int] = (1, 1)
     packed: int = 1
     first_timestep: float = 999
+
+    def shapes(self, module: Any, size: InputSize) -> dict[str, Any]:
+        """What `make` gives, with what it draws on the meta device: no memory at any size."""
+        with _DrawNothing():
+            return self.make(module, size, torch.Generator())
+
+
+class _DrawNothing(TorchFunctionMode):
+    """Random tensors without numbers."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in (torch.rand, torch.randn, torch.randint):
+            kwargs.pop("generator", None)
+            kwargs["device"] = "meta"
+        return func(*args, **kwargs)
 
 
 def normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retrofit.runtime.errors import GridError
 
 if TYPE_CHECKING:
     import torch
+
+SPECIAL = ("num_prefix_tokens", "num_suffix_tokens", "num_frame_prefix_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,26 +107,16 @@ class TokenGrid:
         return TokenGrid(frames=self.frames, height=self.height, width=self.width)
 
     def encode(self) -> tuple[int, ...]:
-        """Plain numbers for `decode`; a size that a traced graph leaves open becomes a constant.
-
-        References are left out: operators only know special tokens.
-        """
-        sizes = (self.frames, self.height, self.width)
-        special = (self.num_prefix_tokens, self.num_suffix_tokens, self.num_frame_prefix_tokens)
-        return tuple([len(range(size)) for size in (*sizes, *special)])
+        """Plain numbers for `decode`; a size that a traced graph leaves open becomes a constant."""
+        special = [getattr(self, name) for name in SPECIAL]
+        return tuple([len(range(size)) for size in (*self.shape, *special)])
 
     @classmethod
     def decode(cls, code: Sequence[int]) -> TokenGrid:
-        """The grid that `encode` was called on, without its references."""
-        frames, height, width, prefix, suffix, frame_prefix = code
-        return cls(
-            frames=frames,
-            height=height,
-            width=width,
-            num_prefix_tokens=prefix,
-            num_suffix_tokens=suffix,
-            num_frame_prefix_tokens=frame_prefix,
-        )
+        """The grid that `encode` was called on; reference pictures are special tokens of it."""
+        names = ("frames", "height", "width", *SPECIAL)
+        sizes: dict[str, Any] = dict(zip(names, code, strict=True))
+        return cls(**sizes)
 
     def __str__(self) -> str:
         """Short form for messages: `4x16x16 + 1x8x8 reference + 5 special`."""

@@ -34,6 +34,7 @@ class Method:
         helps: From what size on it is worth its cost.
         idle: Why it may change nothing at all.
         acts_with: What to set that it does, a larger size aside.
+        is_exact: Whether the output is the dense model's within float rounding.
         alternatives: Groups of settings of which one is given; setting another takes its place.
     """
 
@@ -44,6 +45,7 @@ class Method:
     idle: ClassVar[str] = "every token sees all that it sees in the dense model"
     acts_with: ClassVar[str] = ""
     lossy: ClassVar[str] = "lossy: the output differs from the dense model's"
+    is_exact: ClassVar[bool] = False
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
     enlarges: ClassVar[bool] = False
 

@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 from retrofit.kernels import select_by_score
 from retrofit.patterns.call import visible_keys
 from retrofit.patterns.everything import visible_blocks
+from retrofit.runtime.devices import widest_float
 
 Selection = Literal["mass", "error"]
 
@@ -60,7 +61,7 @@ def choose_under_mask(  # noqa: PLR0913 - the arguments of `select_blocks` and a
         scores = scores + _score_variance(query, key, real, block_size, factor).log()
     visible = visible_blocks(mask, block_size)
     scores = scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0)
-    wanted = visible.sum(-1, keepdim=True).double() * (keep or 0.0)
+    wanted = visible.sum(-1, keepdim=True).to(widest_float(mask.device)) * (keep or 0.0)
     ranked = scores.masked_fill(~visible, -1.0).argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(ranked.shape[-1], device=ranked.device)
     chosen = (places < wanted.floor().clamp(min=1)).expand_as(ranked)

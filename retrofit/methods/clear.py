@@ -102,7 +102,7 @@ class ClearConfig(Method):
         circle = Circle(
             layout=layout, radius=self.radius, pool=self.pool, pool_weights=self.pool_weights
         )
-        return Dense(layout) if circle.is_dense and not self.temperature_base else circle
+        return Dense(layout) if circle.sees_all and not self.temperature_base else circle
 
     def attend(
         self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState

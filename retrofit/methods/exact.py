@@ -37,6 +37,7 @@ class ExactConfig(Method):
         "PyTorch's attention is as fast for so few tokens, or no kernel is at hand"
     )
     acts_with: ClassVar[str] = "a smaller min_tokens"
+    is_exact: ClassVar[bool] = True
     lossy: ClassVar[str] = "exact: the output is the dense model's within float rounding"
 
     min_tokens: int = 256

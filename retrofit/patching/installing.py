@@ -36,8 +36,8 @@ def install_network(
     refuse_nested(network, taken)
     refuse_patched(network)
     state, control, recipe = handle.state, handle.control, handle.recipe
-    layouts = dict.fromkeys(found.site.layout for found in taken)
-    readers = {name: description.readers[name] for name in layouts if name is not None}
+    layouts = dict.fromkeys(found.site.layout for found in taken if found.site.layout is not None)
+    readers = {name: description.readers[name] for name in layouts}
     scopes = {name: SizeScope(network.where(reader.module)) for name, reader in readers.items()}
     sites = [
         AttendAtSite(

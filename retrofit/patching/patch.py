@@ -259,6 +259,8 @@ def patch(
     handle = Patch(recipe)
     try:
         _install_all(handle, found)
+        if recipe.learned is not None:
+            handle.load_state_dict(recipe.learned)
     except BaseException:
         handle.remove()
         raise

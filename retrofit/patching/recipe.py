@@ -7,13 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
+from torch import Tensor
 
+from retrofit.checkpoints.record_types import OuterRecipe
 from retrofit.methods import METHODS, Method
 from retrofit.patching.settings import as_plain_data, make_method, unknown_key
 from retrofit.runtime.errors import ConfigError, NotFoundError, suggest
+from retrofit.runtime.reading import YAML_BYTES, parse_yaml, read_text
+from retrofit.runtime.schema import OTHER_KEYS, find_problems
 
 COMMON = ("family", "components", "description")
 RULE_KEYS = ("method", "parameters", "sites", "heads", "steps")
@@ -109,6 +113,8 @@ class Recipe:
         family: The family it was written for; None fits any that the methods accept.
         components: Networks of a pipeline to patch; empty means its denoising networks.
         description: What it is good for.
+        learned: Learned parts as `Patch.state_dict` gives them, which the patch begins with; beside
+            the recipe, not in it.
         name: What messages call it; no part of the recipe.
     """
 
@@ -116,6 +122,7 @@ class Recipe:
     family: str | None = None
     components: tuple[str, ...] = ()
     description: str = ""
+    learned: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
     name: str = field(default="recipe", compare=False, repr=False)
 
     @classmethod
@@ -143,9 +150,19 @@ class Recipe:
         return " + ".join(dict.fromkeys(rule.method.name for rule in self.rules))
 
     @property
+    def is_exact(self) -> bool:
+        """Whether every method gives the dense model's output within rounding."""
+        return all(rule.method.is_exact for rule in self.rules)
+
+    @property
     def keep(self) -> float | None:
         """Fraction of the work that its only rule keeps, where that is a setting."""
         return getattr(self.rules[0].method, "keep", None) if len(self.rules) == 1 else None
+
+    def acting_step(self, num_steps: int) -> int:
+        """The first step at which the most rules act."""
+        acting = [sum(r.acts_at(step, num_steps) for r in self.rules) for step in range(num_steps)]
+        return acting.index(max(acting))
 
     def explain_no_change(self, where: str, what: str = "this recipe") -> str:
         """One line for people whose patch changed nothing; see `Patch.changes_nothing`."""
@@ -208,7 +225,7 @@ class Recipe:
             ConfigError: If it is not a valid recipe.
         """
         try:
-            text = Path(path).read_text()
+            text = read_text(path, YAML_BYTES)
         except (OSError, UnicodeError) as error:
             why = error.strerror if isinstance(error, OSError) else "it is no text"
             raise NotFoundError(
@@ -216,10 +233,12 @@ class Recipe:
                 f"shipped recipe. {suggest(Path(path).stem, shipped_recipes())}"
             ) from error
         try:
-            data = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            line = str(error).replace("\n", " ")
-            raise ConfigError(f"{path}: expected YAML: {line}") from error
+            data = parse_yaml(text)
+        except ValueError as error:
+            raise ConfigError(f"{path}: expected YAML: {error}.") from error
+        problems = find_problems(data, Annotated[OuterRecipe, OTHER_KEYS])
+        if problems:
+            raise ConfigError(f"{path}: {'; '.join(problems)}.")
         return cls.from_dict(data, str(path))
 
     def to_yaml(self) -> str:

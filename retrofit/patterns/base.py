@@ -35,7 +35,7 @@ class Pattern:
 
     Attributes:
         layout: Of the tokens.
-        is_dense: Whether every query sees every key, whatever the values are.
+        is_dense: Whether it is the dense model's own call, nothing else done.
         num_further_keys: Keys behind those of the sequence, which every grid token sees.
         name: For messages.
     """

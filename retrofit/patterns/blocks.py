@@ -24,6 +24,7 @@ from retrofit.patterns.base import Attended, Pattern
 from retrofit.patterns.call import AttentionCall, join_masks
 from retrofit.patterns.means import add_dropped_means, keys_in_means
 from retrofit.patterns.ordering import BlockOrder
+from retrofit.runtime.devices import widest_float
 
 Size = tuple[int, int]
 
@@ -219,7 +220,7 @@ class Blocks(Pattern):
         seen = self.block_map * of_k[:, None, None]
         if self.has_means:
             seen = torch.where(self.block_map, seen, (of_k > 0)[:, None, None].to(seen.dtype))
-        total = visible.sum(1).double()
+        total = visible.sum(1).to(of_q.dtype)
         pairs = (seen * of_q[:, None, :, None]).sum((2, 3)).mean(1)
         pairs = pairs + layout.num_special_tokens * total
         return (pairs.sum() / (total**2).expand_as(pairs).sum()).item()
@@ -230,5 +231,7 @@ class Blocks(Pattern):
 
 
 def _sums(x: Tensor, block: int) -> Tensor:
-    """Sums per block, `[B, S]` to float64 `[B, ceil(S / block)]`."""
-    return pad(x.double(), (0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(2)
+    """Sums per block, `[B, S]` to the widest float of the device `[B, ceil(S / block)]`."""
+    return (
+        pad(x.to(widest_float(x.device)), (0, -x.shape[1] % block)).unflatten(1, (-1, block)).sum(2)
+    )

@@ -41,7 +41,7 @@ class Circle(Mask):
     pool_weights: tuple[float, ...] | None = None
 
     @property
-    def is_dense(self) -> bool:  # type: ignore[override]
+    def sees_all(self) -> bool:
         """Whether no token is out of reach of any other, and none is pooled."""
         layout, reach = self.layout, self.radius**2
         farthest = (layout.height - 1) ** 2 + (layout.width - 1) ** 2

@@ -9,6 +9,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from retrofit.kernels import BlockLists, block_sparse_attention
 from retrofit.kernels.block_sparse.lists import count_blocks, lists_from_mask
@@ -74,7 +75,8 @@ def all_blocks(num_q: int, num_k: int, device: torch.device) -> BlockLists:
 
 @functools.lru_cache(maxsize=16)
 def _cached_blocks(num_q: int, num_k: int, device: torch.device) -> BlockLists:
-    return _all_blocks(num_q, num_k, device)
+    with _disable_current_modes(), torch.device("cpu"):  # remembered, whoever asks first
+        return _all_blocks(num_q, num_k, device)
 
 
 def _all_blocks(num_q: int, num_k: int, device: torch.device) -> BlockLists:

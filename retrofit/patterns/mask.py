@@ -150,7 +150,8 @@ def _plain(value: Any) -> Any:
 @functools.lru_cache(maxsize=64)
 def _listed(mask: Mask, device: torch.device) -> Listing:
     if device.type != "meta":
-        return list_mask(mask, device)
+        with _disable_current_modes(), torch.device("cpu"):  # remembered, whoever asks first
+            return list_mask(mask, device)
     # the lists keep their values, from which the tiles that are visited are counted
     found = _listed(mask, torch.device("cpu"))
     moved = {name: getattr(found, name).to("meta") for name in INDEXES}
@@ -160,5 +161,4 @@ def _listed(mask: Mask, device: torch.device) -> Listing:
 @torch.compiler.assume_constant_result
 def _list_as_constant(code: tuple[str, tuple[int, ...], Any], device: str) -> tuple[Tensor, ...]:
     """The tensors of a listing, which a traced graph holds as constants."""
-    with _disable_current_modes():
-        return tuple(_listed(decode_mask(code), torch.device(device)))
+    return tuple(_listed(decode_mask(code), torch.device(device)))

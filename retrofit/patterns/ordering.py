@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torch.utils._python_dispatch import _disable_current_modes
 
 from retrofit.layout.grid import TokenGrid, split_positions
 from retrofit.layout.token_order import TokenOrder, token_order
@@ -103,7 +104,8 @@ def order_blocks(
 
 @functools.lru_cache(maxsize=64)
 def _cached_order(*settings: Any) -> BlockOrder:
-    return _order_blocks(*settings)
+    with _disable_current_modes(), torch.device("cpu"):  # remembered, whoever asks first
+        return _order_blocks(*settings)
 
 
 def _order_blocks(

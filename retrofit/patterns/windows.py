@@ -38,11 +38,6 @@ class AxisProduct(Mask):
         """The three axes as the window kernels take them."""
         raise NotImplementedError
 
-    @property
-    def is_dense(self) -> bool:  # type: ignore[override]
-        """Whether every window is the whole grid."""
-        return self.product.is_dense
-
     def sees(self, query: Place, key: Place) -> Tensor:
         """On every axis."""
         return self.product.sees(query, key)

@@ -130,7 +130,7 @@ def _inspect(
         )
     scale = latent_scale or examples.latent_scale
     size = _network_size(network, examples, asked, scale)
-    inputs = examples.make(network.module, size, torch.Generator().manual_seed(0))
+    inputs = examples.shapes(network.module, size)
     reached = [site for site in description.sites if site.path not in description.unreachable]
     calls = {site.path: _Calls() for site in reached}
     total = _count(network, inputs, calls)

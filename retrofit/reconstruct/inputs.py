@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retrofit.runtime.errors import InputError, NotFoundError, UnsupportedError
+from retrofit.runtime.reading import require_regular
 
 logger = logging.getLogger(__name__)
 IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -30,7 +31,8 @@ def find_images(given: Sequence[str | Path]) -> list[Path]:
         path = Path(name).expanduser()
         if path.is_dir():
             found += _in_folder(path)
-        elif path.is_file():
+        elif path.exists():
+            require_regular(path, path.stat())
             found.append(path)
         elif glob.has_magic(name):
             matched = sorted(Path(match) for match in glob.glob(str(path), recursive=True))

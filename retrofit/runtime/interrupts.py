@@ -1,4 +1,4 @@
-"""Ctrl-C that is neither lost nor raised where it kills the process.
+"""Ctrl-C and SIGTERM that are neither lost nor raised where they kill the process.
 
 Python raises it wherever the program stands. Inside an import that runs from a library's compiled
 code this aborts the process (PyTorch's own import does), and a library that swallows exceptions
@@ -17,7 +17,7 @@ from types import FrameType
 RETRY = 0.1  # seconds
 IMPORT = "<frozen importlib"
 
-_pressed = threading.Event()
+_came: list[int] = []  # signals that ask to stop
 _cleaning = threading.Event()
 ENDS = [getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
@@ -33,18 +33,18 @@ def watched() -> Iterator[None]:
     if not in_main or usual is not signal.default_int_handler:
         yield
         return
-    _pressed.clear()
-    signal.signal(signal.SIGINT, _interrupt)
+    _came.clear()
+    signal.signal(signal.SIGINT, _stop)
     ends = [number for number in ENDS if signal.getsignal(number) is signal.SIG_DFL]
     for number in ends:
-        signal.signal(number, _terminate)
+        signal.signal(number, _stop)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, usual)
         for number in ends:
             signal.signal(number, signal.SIG_DFL)
-        _pressed.clear()
+        _came.clear()
 
 
 @contextmanager
@@ -58,35 +58,35 @@ def shielded() -> Iterator[None]:
 
 
 def raise_if_interrupted() -> None:
-    """Stop if Ctrl-C was pressed and got lost on the way.
+    """Stop if Ctrl-C was pressed, or an end asked for, and that got lost on the way.
 
     Raises:
-        KeyboardInterrupt: If it was.
+        KeyboardInterrupt: If Ctrl-C was pressed.
+        SystemExit: If an end was asked for, with the shell's code for the signal.
     """
-    if _pressed.is_set():
-        raise KeyboardInterrupt
+    if _came:
+        raise _leave(_came[0])
 
 
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Leave as after Ctrl-C, cleaning up, with the shell's code for a signal."""
-    if not _cleaning.is_set():
-        raise SystemExit(128 + number)
+def _leave(number: int) -> BaseException:
+    """What unwinds the process, cleaning up."""
+    return KeyboardInterrupt() if number == signal.SIGINT else SystemExit(128 + number)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    _pressed.set()
+def _stop(number: int, frame: FrameType | None) -> None:
+    _came.append(number)
     if _cleaning.is_set():
         return
     if not _is_importing(frame):
-        raise KeyboardInterrupt
-    again = threading.Timer(RETRY, _press_again)
+        raise _leave(number)
+    again = threading.Timer(RETRY, _send_again, (number,))
     again.daemon = True
     again.start()
 
 
-def _press_again() -> None:
-    if _pressed.is_set():  # the block that was watched may be over
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+def _send_again(number: int) -> None:
+    if _came:  # the block that was watched may be over
+        signal.pthread_kill(threading.main_thread().ident or 0, number)
 
 
 def _is_importing(frame: FrameType | None) -> bool:

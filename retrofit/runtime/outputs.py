@@ -9,6 +9,7 @@ from pathlib import Path
 
 from retrofit.runtime.errors import InputError
 
+PARTIAL = ".retrofit-partial-"  # in the names of what is not finished
 FULL = (errno.ENOSPC, errno.EDQUOT)  # what the system says of a full disk
 
 
@@ -35,9 +36,15 @@ def refuse_place(what: str, path: Path) -> None:
         path: A file or folder; folders above it may be missing.
 
     Raises:
-        InputError: If the nearest folder above it is none, or takes nothing new.
+        InputError: If the nearest folder above it is none, or takes nothing new, or its name is
+            that of something unfinished.
         OSError: If the disk is full.
     """
+    if any(PARTIAL in part for part in path.absolute().parts):
+        raise InputError(
+            f"{what}: names with {PARTIAL} are those of unfinished results, which no command "
+            "reads. Give another name."
+        )
     parent = next(folder for folder in path.absolute().parents if os.path.lexists(folder))
     if not parent.is_dir():
         raise InputError(f"{what}: {parent} is a file. Give a name in another place.")

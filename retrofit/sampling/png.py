@@ -7,18 +7,36 @@ import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
-from retrofit.checkpoints import PARTIAL
 from retrofit.runtime.errors import InputError, NotFoundError
-from retrofit.runtime.outputs import make_folders, refuse_file
+from retrofit.runtime.outputs import PARTIAL, make_folders, refuse_file
+from retrofit.runtime.reading import PICTURE_BYTES, open_regular, parse_json
+from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within, find_problems
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 KEY = "retrofit"
 SCHEMA = 1
+MOST_PICTURES = 10_000
 OTHER_ENDINGS = (".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class ModelEntry(TypedDict):
+    """What a record says of the checkpoint."""
+
+    fingerprint: Sha256
+
+
+class PictureRecord(TypedDict, total=False):
+    """What a PNG may hold; `Request.from_dict` looks at the request itself."""
+
+    schema: int
+    model: Annotated[ModelEntry, OTHER_KEYS]
+    place: Annotated[int, Within(0, MOST_PICTURES)]
+    request: Mapping[str, Any]
+    versions: Mapping[str, str]
 
 
 def name_outputs(out: Path, count: int) -> list[Path]:
@@ -82,16 +100,17 @@ def read_record(file: str | Path) -> dict[str, Any]:
     from PIL import Image, UnidentifiedImageError
 
     try:
-        with Image.open(Path(file).expanduser()) as picture:
+        path = Path(file).expanduser()
+        with open_regular(path, PICTURE_BYTES) as stream, Image.open(stream) as picture:
             text = getattr(picture, "text", {}).get(KEY)
     except UnidentifiedImageError as error:
         raise InputError(
             f"--like {file}: expected a PNG, got something else. Give one that retrofit made."
         ) from error
-    except OSError as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or "it is damaged"
         raise NotFoundError(
-            f"--like {file}: can't be read ({error.strerror or 'it is damaged'}). Give a PNG that "
-            "retrofit made."
+            f"--like {file}: can't be read ({reason}). Give a PNG that retrofit made."
         ) from error
     if text is None:
         raise InputError(
@@ -99,7 +118,7 @@ def read_record(file: str | Path) -> dict[str, Any]:
             "wrote; other programs drop the metadata when they save one again."
         )
     try:
-        data = json.loads(text)
+        data = parse_json(text)
     except ValueError as error:
         raise InputError(f"--like {file}: its recipe is damaged. Give another picture.") from error
     found = data.get("schema") if isinstance(data, dict) else None
@@ -112,5 +131,10 @@ def read_record(file: str | Path) -> dict[str, Any]:
         raise InputError(
             f"--like {file}: its recipe was not written by retrofit, it has no `schema`. Give a "
             "PNG that `retrofit generate` wrote."
+        )
+    problems = find_problems(data, Annotated[PictureRecord, OTHER_KEYS])
+    if problems:
+        raise InputError(
+            f"--like {file}: its recipe is damaged ({'; '.join(problems)}). Give another picture."
         )
     return data

@@ -4,17 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
+from retrofit.checkpoints.record_types import SavedRecipe
 from retrofit.runtime.errors import ConfigError, InputError, NotFoundError
+from retrofit.runtime.machine import MAX_THREADS
+from retrofit.runtime.reading import PICTURE_BYTES, read_bytes
+from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within, find_problems
 
 Offload = Literal["none", "model", "sequential"]
 SEED_LIMIT = 2**63
+MOST_PICTURES = 10_000
+MOST_PIXELS = 65_536  # of a side
+MOST_STEPS = 10_000
+MOST_THREADS = 4096
 PICTURES_IN = ("image", "mask", "control_image", "ip_image")
 UNRECORDED = "trust_remote_code"  # permission to run code is the user's, never a file's
 
@@ -29,7 +38,7 @@ class InputFile:
     """
 
     path: str
-    sha256: str
+    sha256: Sha256
 
     @classmethod
     def read(cls, path: str | Path, what: str) -> InputFile:
@@ -46,8 +55,8 @@ class InputFile:
         from PIL import Image, UnidentifiedImageError
 
         try:
-            data = Path(path).expanduser().read_bytes()
-            with Image.open(Path(path).expanduser()) as picture:
+            data = read_bytes(Path(path).expanduser(), PICTURE_BYTES)
+            with Image.open(io.BytesIO(data)) as picture:
                 picture.load()
         except UnidentifiedImageError as error:
             raise InputError(
@@ -114,11 +123,11 @@ class Request:
     config: str = ""
     prompts: tuple[str, ...] = ()
     seeds: tuple[int, ...] = ()
-    batch: int = 1
+    batch: Annotated[int, Within(1, MOST_PICTURES)] = 1
     negative: str | None = None
-    width: int | None = None
-    height: int | None = None
-    steps: int | None = None
+    width: Annotated[int, Within(1, MOST_PIXELS)] | None = None
+    height: Annotated[int, Within(1, MOST_PIXELS)] | None = None
+    steps: Annotated[int, Within(1, MOST_STEPS)] | None = None
     guidance: float | None = None
     eta: float | None = None
     scheduler: str | None = None
@@ -137,7 +146,7 @@ class Request:
     device: str | None = None
     offload: Offload = "none"
     vae_tiling: bool = False
-    threads: int | None = None
+    threads: Annotated[int, Within(1, MOST_THREADS)] | None = None
     trust_remote_code: bool = False
 
     def check(self) -> None:
@@ -146,9 +155,13 @@ class Request:
         Raises:
             ConfigError: With every mistake at once.
         """
-        problems = [text for is_wrong, text in _rules(self) if is_wrong]
+        problems = self.find_mistakes()
         if problems:
             raise ConfigError(" ".join(problems))
+
+    def find_mistakes(self) -> list[str]:
+        """Every mistake that shows without the checkpoint."""
+        return [text for is_wrong, text in _rules(self) if is_wrong]
 
     def only(self, places: Sequence[int]) -> Request:
         """The same for some of the pictures."""
@@ -173,28 +186,25 @@ class Request:
             InputError: If it is not what `to_dict` gives.
         """
         data = {key: value for key, value in data.items() if key != UNRECORDED}
-        known = {item.name for item in dataclasses.fields(cls)}
-        try:
-            values = {key: data[key] for key in data if key in known}
-            for key in PICTURES_IN:
-                if values.get(key) is not None:
-                    values[key] = InputFile(**values[key])
-            for key in ("prompts", "seeds"):
-                values[key] = tuple(values.get(key, ()))
-            values["loras"] = tuple((str(p), float(w)) for p, w in values.get("loras", ()))
-            request = cls(**values)
-        except (TypeError, ValueError, KeyError) as error:
-            raise InputError(
-                f"{where}: its record of settings can't be read ({error}). It may be of another "
-                "version of retrofit."
-            ) from error
-        unknown = sorted(set(data) - known)
+        unknown = sorted(set(data) - {item.name for item in dataclasses.fields(cls)})
         if unknown:
+            named = ", ".join(name if name.isidentifier() else ascii(name) for name in unknown)
             raise InputError(
-                f"{where}: its record has settings that this retrofit does not know "
-                f"({', '.join(unknown)}). Upgrade: pip install --upgrade retrofit-attention"
+                f"{where}: its record has settings that this retrofit does not know ({named}). "
+                "Upgrade: pip install --upgrade retrofit-attention"
             )
-        return request
+        saved = Annotated[SavedRecipe, OTHER_KEYS] | None
+        problems = find_problems(data, cls) or find_problems(data.get("recipe"), saved, "recipe")
+        if not problems:
+            request = cls(**_as_values(data))
+            problems = request.find_mistakes()
+            if not problems:
+                _check_recipe(request, where)
+                return request
+        raise InputError(
+            f"{where}: its record of settings can't be read ({'; '.join(problems)}). Give another "
+            "picture, or the retrofit that made it."
+        )
 
     def check_files(self) -> None:
         """Compare the pictures that go in with the record.
@@ -213,12 +223,36 @@ class Request:
         }
 
 
+def _check_recipe(request: Request, where: str) -> None:
+    from retrofit.patching.recipe import Recipe
+
+    if request.recipe is not None:
+        Recipe.from_dict(request.recipe, f"{where}: recipe")
+
+
+def _as_values(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Checked plain data as the fields of a request."""
+    values = dict(data)
+    for key in PICTURES_IN:
+        if values.get(key) is not None:
+            values[key] = InputFile(**values[key])
+    for key in ("prompts", "seeds"):
+        values[key] = tuple(values.get(key, ()))
+    values["loras"] = tuple((path, weight) for path, weight in values.get("loras", ()))
+    return values
+
+
 def _rules(request: Request) -> list[tuple[bool, str]]:
     """Every mistake that can be made, and what to say of it."""
     return [
         (
             not request.prompts or any(not prompt.strip() for prompt in request.prompts),
             "--prompt: expected a text. Say what to draw.",
+        ),
+        (
+            len(request.prompts) != len(request.seeds),
+            f"expected a seed for each of {len(request.prompts)} prompts, "
+            f"got {len(request.seeds)}.",
         ),
         (
             request.steps is not None and request.steps < 1,
@@ -255,6 +289,10 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
                 f"{option}: expected a finite number, got {value}.",
             )
             for option, value in _weights(request)
+        ),
+        (
+            request.threads is not None and not 1 <= request.threads <= MAX_THREADS,
+            f"--threads: expected 1 to {MAX_THREADS}, got {request.threads}.",
         ),
         (
             (request.controlnet is None) != (request.control_image is None),

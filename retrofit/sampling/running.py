@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,6 +14,9 @@ import torch
 from PIL import Image
 
 from retrofit.runtime.errors import NonFiniteError, RetrofitError
+from retrofit.runtime.finite import is_finite
+from retrofit.runtime.reading import PICTURE_BYTES, open_regular
+from retrofit.runtime.timing import timed
 from retrofit.runtime.versions import current_versions
 from retrofit.sampling.advice import enlarging_methods
 from retrofit.sampling.png import write_png
@@ -85,10 +87,8 @@ def run_batch(
     watch.num_steps = effective_steps(request)
     if progress is not None:
         progress(name, 0, watch.num_steps)
-    started = time.perf_counter()
     with explaining_out_of_memory(request, pipeline), watch:
-        output = pipeline(**arguments)
-    seconds = time.perf_counter() - started
+        output, seconds = timed(lambda: pipeline(**arguments))
     images = [_to_image(pixels, output, i, request) for i, pixels in enumerate(output.images)]
     return [
         Picture(
@@ -158,7 +158,8 @@ def _pictures_in(request: Request, known: set[str]) -> dict[str, Any]:
 
 
 def _read(file: InputFile, request: Request | None, mode: str = "RGB") -> Image.Image:
-    with Image.open(Path(file.path).expanduser()) as opened:
+    path = Path(file.path).expanduser()
+    with open_regular(path, PICTURE_BYTES) as stream, Image.open(stream) as opened:
         picture = opened.convert(mode)
     if request is None or request.width is None or request.height is None:
         return picture
@@ -172,7 +173,7 @@ def _to_image(pixels: np.ndarray, output: Any, place: int, request: Request) -> 
         NonFiniteError: If it has NaN, or is all black.
     """
     steps = f"after step {effective_steps(request)} of {effective_steps(request)}"
-    if not np.isfinite(pixels).all():
+    if not is_finite(torch.from_numpy(pixels)):
         raise NonFiniteError(
             f"vae.decoder: NaN or infinity in the picture {steps}, though the latents are finite. "
             f"{DTYPES}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from retrofit.checkpoints import Checkpoint, find_checkpoint, read_json
 from retrofit.layout.picture_sizes import refuse_off_grid
 from retrofit.runtime.errors import InputError, UnsupportedError
+from retrofit.runtime.reading import PICTURE_BYTES, open_regular
 from retrofit.sampling.request import Request
 
 DEFAULTS = "generation_config.json"  # of a checkpoint: its steps and guidance
@@ -122,7 +123,8 @@ def _default_size(
 
     start = request.image or request.control_image
     if start is not None:
-        with Image.open(Path(start.path).expanduser()) as picture:
+        file = Path(start.path).expanduser()
+        with open_regular(file, PICTURE_BYTES) as stream, Image.open(stream) as picture:
             width, height = (
                 max(multiple, round(side / multiple) * multiple) for side in picture.size
             )

@@ -12,15 +12,17 @@ import textwrap
 import pytest
 
 from retrofit.artifact import writing
+from retrofit.artifact.copying import copy_files, total_size
 from retrofit.artifact.writing import (
-    copy_files,
-    list_files,
     new_folder,
     refuse_full_disk,
     refuse_output,
 )
-from retrofit.checkpoints import PARTIAL, find_checkpoint
+from retrofit.checkpoints import find_checkpoint
+from retrofit.checkpoints.fingerprint import hash_file
+from retrofit.checkpoints.places import list_files
 from retrofit.runtime.errors import CheckpointError, InputError, RetrofitError
+from retrofit.runtime.outputs import PARTIAL
 
 
 def _ignore(amount):
@@ -125,10 +127,12 @@ def test_killed_at_any_moment_nothing_half_written_is_taken(moment, replacing, s
     program = f"""
         import os, signal
         from pathlib import Path
-        from retrofit.artifact import writing
+        from retrofit.artifact import copying, writing
+        from retrofit.checkpoints.places import list_files
         source, out = Path({str(source)!r}), Path({str(out)!r})
         def patch_write(name, only=None):
             owner = os if name.startswith("os.") else writing
+            owner = copying if name == "sample_file" else owner
             own = getattr(owner, name.removeprefix("os."))
             def dying(*arguments, **options):
                 if only in (None, str(arguments[0])):
@@ -137,8 +141,8 @@ def test_killed_at_any_moment_nothing_half_written_is_taken(moment, replacing, s
             setattr(owner, name.removeprefix("os."), dying)
         {KILLED[moment]}
         with writing.new_folder(out, replace=True) as folder:
-            files = writing.list_files(source)
-            writing.copy_files(files, folder, link=False, advance=lambda n: None)
+            files = list_files(source)
+            copying.copy_files(files, folder, link=False, advance=lambda n: None)
     """
     done = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], timeout=120)
     assert done.returncode == -signal.SIGKILL
@@ -172,19 +176,30 @@ def test_a_result_that_was_moved_aside_comes_back(tmp_path):
     assert (tmp_path / "out" / "old").read_text() == "old"
 
 
+def write_hub_cache(folder):
+    """A repository in the hub's cache, whose snapshot links to its blobs."""
+    repo = folder / "hub" / "models--owner--name"
+    (repo / "blobs").mkdir(parents=True)
+    snapshot = repo / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    blob = repo / "blobs" / ("0123456789" * 4)
+    blob.write_text("{}")
+    (snapshot / "config.json").symlink_to(os.path.relpath(blob, snapshot))
+    return snapshot
+
+
 def test_links_share_the_bytes(source, tmp_path):
     with new_folder(tmp_path / "out") as folder:
         copied = copy_files(list_files(source), folder, link=True, advance=_ignore)
     first, second = (root / "config.json" for root in (source, tmp_path / "out"))
     assert first.stat().st_ino == second.stat().st_ino
-    assert copied["config.json"].sha256 == writing.hash_file(first, _ignore)
+    assert copied["config.json"].sha256 == hash_file(first)
 
 
 def test_a_link_of_a_symlink_shares_the_file_behind_it(source, tmp_path):
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / "config.json").symlink_to(source / "config.json")
+    snapshot = write_hub_cache(tmp_path)
     with new_folder(tmp_path / "out") as folder:
-        copy_files(list_files(tmp_path / "cache"), folder, link=True, advance=_ignore)
+        copy_files(list_files(snapshot), folder, link=True, advance=_ignore)
     assert not (tmp_path / "out" / "config.json").is_symlink()
 
 
@@ -205,7 +220,7 @@ def test_every_byte_is_reported(source, tmp_path):
     seen = []
     with new_folder(tmp_path / "out") as folder:
         copy_files(list_files(source), folder, link=False, advance=seen.append)
-    assert sum(seen) == writing.total_size(list_files(source))
+    assert sum(seen) == total_size(list_files(source))
 
 
 def test_version_control_and_caches_are_not_the_checkpoint(source):

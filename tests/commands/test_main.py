@@ -6,6 +6,7 @@ import errno
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -13,6 +14,7 @@ import typer
 from retrofit import commands
 from retrofit.commands import VERBS, describe_error, help_text, run
 from retrofit.runtime.errors import NonFiniteError, NotFoundError
+from tests.checkpoint_fixtures import patch_words
 
 HEAVY = ("torch", "numpy", "transformers", "diffusers", "huggingface_hub", "matplotlib", "yaml")
 
@@ -166,3 +168,25 @@ def test_cli_py_runs_from_a_checkout():
 def test_run_gives_0_for_what_worked(capsys):
     assert run(["families"]) == 0
     assert "encoder" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words", [("methods",), ("methods", "--json"), ("nosuch", "--json")])
+def test_a_full_stdout_is_one_line(words):
+    cli = Path(__file__).parents[2] / "cli.py"
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(
+            [sys.executable, str(cli), *words], stdout=full, stderr=subprocess.PIPE, text=True
+        )
+    assert done.returncode in (1, 2)
+    assert len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith("error: ")
+
+
+def test_a_negative_seed_and_a_second_cpu_are_refused(refused, encoder, tmp_path):
+    words = patch_words(encoder, tmp_path / "out")
+    assert "--seed" in refused(*words, "--seed", "-1")
+    assert "device 'cpu:99' can't be used here (there is one CPU)" in refused(
+        *words, "--device", "cpu:99"
+    )
+    assert "--seed" in refused("compare", encoder, "--seed", "-1")
+    assert "--seed" in refused("bench", "--seed", "-1")

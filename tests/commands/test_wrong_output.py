@@ -12,7 +12,7 @@ import textwrap
 
 import pytest
 
-from retrofit.artifact import saving, writing
+from retrofit.artifact import copying, saving, writing
 from retrofit.runtime.errors import InputError
 from retrofit.runtime.outputs import refuse_place
 from tests.checkpoint_fixtures import patch_words
@@ -128,13 +128,14 @@ def test_a_folder_that_is_read_only(refused, encoder, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("place", ["_copy_and_hash", "_take_name"])
 def test_ctrl_c_in_the_middle(place, encoder, tmp_path, run_command, monkeypatch):
-    own = getattr(writing, place)
+    module = copying if place == "_copy_and_hash" else writing
+    own = getattr(module, place)
 
     def interrupt(*arguments, **options):
         signal.raise_signal(signal.SIGINT)
         return own(*arguments, **options)
 
-    monkeypatch.setattr(writing, place, interrupt)
+    monkeypatch.setattr(module, place, interrupt)
     answer = run_command(*patch_words(encoder, tmp_path / "out", "--no-proof"))
     assert answer.code == 130
     assert answer.err == "stopped; nothing was left half-written.\n"
@@ -145,14 +146,14 @@ def test_kill_9_in_the_middle_of_patching(encoder, tmp_path, run_command):
     out = tmp_path / "out"
     program = f"""
         import os, signal
-        from retrofit.artifact import saving, writing
-        own, calls = writing._copy_and_hash, []
+        from retrofit.artifact import copying
+        own, calls = copying._copy_and_hash, []
         def die(*arguments, **options):
             calls.append(1)
             if len(calls) == 3:
                 os.kill(os.getpid(), signal.SIGKILL)
             return own(*arguments, **options)
-        writing._copy_and_hash = die
+        copying._copy_and_hash = die
         from retrofit.commands import run
         run({[str(a) for a in patch_words(encoder, out, "--no-proof")]!r})
     """

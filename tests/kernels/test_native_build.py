@@ -5,10 +5,12 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import shutil
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -17,6 +19,7 @@ import torch
 from retrofit.kernels import _native, backends, block_sparse_attention, explain
 from retrofit.kernels._native import find_compiler, load_library
 from retrofit.kernels.block_sparse import native as block_sparse_native
+from retrofit.runtime.private_folder import PrivateFolder
 
 COMPILER = find_compiler()
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C compiler")
@@ -41,14 +44,27 @@ def source(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A cache of its own; the second choice, the folder for temporary files, is taken away."""
+    """A cache of its own."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    occupied = tmp_path / "occupied"
-    occupied.write_text("a file, where a folder should be made")
-    monkeypatch.setattr(_native.tempfile, "gettempdir", lambda: str(occupied))
     _native._load.cache_clear()
     yield tmp_path / "cache" / "retrofit"
     _native._load.cache_clear()
+
+
+def load_again(source: Path) -> ctypes.CDLL | None:
+    """As a new process does."""
+    _native._load.cache_clear()
+    return load_library(source)[0]
+
+
+def count_compilations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Have the compiler write a line into a file at every call."""
+    assert COMPILER is not None
+    count = tmp_path / "count"
+    count.write_text("")
+    script = f'echo x >> {count}\nexec {COMPILER[0]} "$@"'
+    monkeypatch.setenv("CC", write_compiler(tmp_path / "counting", script))
+    return count
 
 
 def write_compiler(path: Path, script: str) -> str:
@@ -134,26 +150,168 @@ def test_flags_that_the_compiler_does_not_know_are_left_out(
 
 
 @needs_compiler
-def test_a_cache_that_cannot_be_written_gives_way_to_temporary_files(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("damage", "what"),
+    [
+        (lambda file: os.truncate(file, 100), "cut short"),
+        (lambda file: file.write_bytes(b"garbage"), "replaced"),
+        (lambda file: file.write_bytes(file.read_bytes()[:-1] + b"x"), "one byte changed"),
+        (lambda file: file.unlink(), "deleted"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+@pytest.mark.parametrize("which", ["*.so", "*.sha256"])
+def test_a_damaged_library_or_record_is_built_again(
+    source: Path,
+    cache: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    damage: Callable[[Path], object],
+    what: str,
+    which: str,
 ) -> None:
-    blocked = tmp_path / "blocked"
-    blocked.write_text("a file")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(blocked))
-    monkeypatch.setattr(_native.tempfile, "gettempdir", lambda: str(tmp_path))
-    _native._load.cache_clear()
+    count = count_compilations(tmp_path, monkeypatch)
+    assert load_library(source)[0] is not None
+    damage(next(cache.glob(which)))
+    library = load_again(source)
+    assert library is not None
+    assert library.answer() == 42
+    assert count.read_text() == "x\nx\n"
+    assert load_again(source) is not None
+    assert count.read_text() == "x\nx\n"
+
+
+@needs_compiler
+def test_a_library_that_links_elsewhere_is_not_loaded(
+    source: Path, cache: Path, tmp_path: Path
+) -> None:
+    assert load_library(source)[0] is not None
+    file = next(cache.glob("*.so"))
+    planted = tmp_path / "planted.so"
+    file.rename(planted)
+    file.symlink_to(planted)
+    library = load_again(source)
+    assert library is not None
+    assert library.answer() == 42
+    assert not file.is_symlink()
+
+
+@needs_compiler
+def test_a_recorded_library_that_cannot_be_loaded_is_built_again(source: Path, cache: Path) -> None:
+    assert load_library(source)[0] is not None
+    file = next(cache.glob("*.so"))
+    file.unlink()
+    file.write_bytes(b"not a library")
+    file.with_name(f"{file.name}.sha256").write_bytes(_native._record(b"not a library"))
+    library = load_again(source)
+    assert library is not None
+    assert library.answer() == 42
+
+
+@needs_compiler
+def test_another_compiler_builds_anew(
+    source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_library(source)[0] is not None
+    count_compilations(tmp_path, monkeypatch)
+    assert load_again(source) is not None
+    assert len(list(cache.glob("*.so"))) == 2
+
+
+def plant(folder: Path) -> None:
+    """Leave a folder as somebody else may have."""
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+
+
+@needs_compiler
+@pytest.mark.parametrize("kind", ["open to others", "link", "link above", "foreign", "file"])
+def test_a_cache_that_others_may_change_is_not_used(
+    source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "retrofit").mkdir(parents=True, mode=0o700)
+    if kind == "open to others":
+        plant(cache)
+    elif kind == "link":
+        cache.parent.mkdir()
+        cache.symlink_to(elsewhere)
+    elif kind == "link above":
+        cache.parent.symlink_to(elsewhere)
+    elif kind == "foreign":
+        cache.mkdir(parents=True, mode=0o700)
+        is_root = os.getuid() == 0
+        if is_root:
+            os.chown(cache, 12345, -1)
+        else:
+            monkeypatch.setattr(os, "getuid", lambda: 12345)
+    else:
+        cache.parent.write_text("a file")
     library, reason = load_library(source)
-    _native._load.cache_clear()
+    expected = {
+        "open to others": f"{cache} can be written by others",
+        "link": f"{cache} is a symbolic link",
+        "link above": f"{cache.parent} is a symbolic link",
+        "foreign": "another user",
+        "file": f"{cache.parent} can't be made or opened",
+    }
+    assert expected[kind] in reason
+    if kind != "foreign" or os.getuid() == 0:
+        assert library is not None
+        assert library.answer() == 42
+        assert "for this process only" in reason
+    assert not list(tmp_path.rglob("*.so"))
+
+
+@needs_compiler
+def test_what_lies_in_the_folder_for_temporary_files_is_not_loaded(
+    source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "shared"))
+    (tmp_path / "shared").mkdir()
+    cache.parent.write_text("a file")
+    planted = tmp_path / "shared" / f"retrofit-{os.getuid()}"
+    planted.mkdir(mode=0o700)
+    library, reason = load_library(source)
     assert library is not None, reason
-    assert str(tmp_path / f"retrofit-{os.getuid()}") in reason
+    assert list((tmp_path / "shared").iterdir()) == [planted]
+    assert not list(planted.iterdir())
 
 
-def test_a_cache_that_others_write_to_is_refused(source: Path, cache: Path) -> None:
-    cache.mkdir(parents=True)
-    cache.chmod(0o777)
+@needs_compiler
+def test_a_folder_swung_elsewhere_after_the_check_is_not_read(
+    source: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert load_library(source)[0] is not None
+    planted = tmp_path / "planted"
+    shutil.copytree(cache, planted)
+    for file in planted.iterdir():
+        file.write_bytes(b"planted")
+    look = PrivateFolder.open_file
+
+    def swing(folder: PrivateFolder, name: str) -> int:
+        if not cache.is_symlink():
+            cache.rename(tmp_path / "moved")
+            cache.symlink_to(planted)
+        return look(folder, name)
+
+    monkeypatch.setattr(PrivateFolder, "open_file", swing)
+    library = load_again(source)
+    assert library is not None
+    assert library.answer() == 42
+    assert all(file.read_bytes() == b"planted" for file in planted.iterdir())
+
+
+def test_an_open_quote_in_cc_is_a_reason(
+    source: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CC", "gcc 'x")
     library, reason = load_library(source)
     assert library is None
-    assert f"{cache} can be written by others" in reason
+    assert reason.startswith("CC=gcc 'x can't be read (No closing quotation).")
+    kept = torch.ones(1, 1, 1, 1, dtype=torch.bool)
+    x = torch.randn(1, 1, 20, 8)
+    assert block_sparse_attention(x, x, x, kept).isfinite().all()
 
 
 @needs_compiler

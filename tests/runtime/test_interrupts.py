@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from retrofit import commands
 from retrofit.artifact.writing import new_folder
 from retrofit.runtime.interrupts import raise_if_interrupted, watched
 
@@ -82,6 +83,43 @@ def test_being_terminated_cleans_up_too(tmp_path):
         write()
     assert left.value.code == 128 + signal.SIGTERM
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_either_waits_for_an_import(number, tmp_path, monkeypatch):
+    (tmp_path / "slower_to_import.py").write_text(
+        f"import signal, time\nsignal.raise_signal({int(number)})\ntime.sleep(0.3)\nDONE = True\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def import_it():
+        with watched():
+            import slower_to_import  # noqa: F401
+
+            time.sleep(5)
+
+    with pytest.raises((KeyboardInterrupt, SystemExit)) as stopped:
+        import_it()
+    assert sys.modules.pop("slower_to_import").DONE
+    assert isinstance(stopped.value, SystemExit) == (number == signal.SIGTERM)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["Ctrl-C", "SIGTERM"]
+)
+@pytest.mark.parametrize("made_of_it", [ValueError("could not determine the shape"), None])
+def test_what_a_library_makes_of_it_is_not_what_is_reported(
+    number, code, made_of_it, monkeypatch, capfd
+):
+    def verb(arguments, **options):
+        with suppress(BaseException):
+            signal.raise_signal(number)
+        if made_of_it is not None:
+            raise made_of_it
+
+    monkeypatch.setattr(commands, "app", verb)
+    assert commands.run(["reconstruct"]) == code
+    assert capfd.readouterr().err == "stopped; nothing was left half-written.\n"
 
 
 def test_the_next_block_starts_afresh():

@@ -8,9 +8,10 @@ import pytest
 import torch
 from PIL import Image
 
-from retrofit.checkpoints import PARTIAL, find_checkpoint
+from retrofit.checkpoints import find_checkpoint
 from retrofit.commands.generate_inputs import read_lora
 from retrofit.runtime.errors import InputError, UnsupportedError
+from retrofit.runtime.outputs import PARTIAL
 from retrofit.sampling import Generator, InputFile, Request
 from retrofit.sampling.pipelines import set_scheduler
 from retrofit.sampling.png import name_outputs, read_record, write_png
@@ -102,6 +103,13 @@ def test_image_to_image_runs_only_the_last_steps():
 def test_time_saved_may_be_a_loss():
     saved = TimeSaved(calls=4, patched_seconds=10.0, dense_call_seconds=2.0)
     assert (saved.dense_seconds, saved.seconds, saved.fraction) == (8.0, -2.0, -0.25)
+
+
+def test_on_a_busy_machine_time_saved_has_no_verdict():
+    steady = {"calls": 9, "patched_seconds": 10.0, "dense_call_seconds": 2.0}
+    assert TimeSaved(**steady).verdict == "saved"
+    assert TimeSaved(**steady, is_crowded=True).verdict == "busy"
+    assert TimeSaved(**steady, dense_spread=0.5).verdict == "busy"
 
 
 def test_a_watch_leaves_no_hook_and_keeps_only_the_last_steps_inputs():

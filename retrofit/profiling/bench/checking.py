@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from retrofit.patterns import Pattern
+from retrofit.runtime.devices import to_float64
+from retrofit.runtime.finite import is_finite
 
 # Relative error against float64 up to which an output is taken for right.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -46,18 +48,16 @@ class SampledRows:
         """
         query, key, value = self.tensors
         group = query.shape[1] // key.shape[1]
-        out = query.new_empty(
-            *query.shape[:2], self.rows.shape[1], value.shape[3], dtype=torch.float64
-        )
+        out = to_float64(query.new_empty(*query.shape[:2], self.rows.shape[1], value.shape[3]))
         for b in range(query.shape[0]):
             for h in range(query.shape[1]):
                 rows = self.rows[h]
-                scores = query[b, h, rows].double() @ key[b, h // group].double().T
+                scores = to_float64(query[b, h, rows]) @ to_float64(key[b, h // group]).T
                 scores *= 1 / math.sqrt(query.shape[3])
                 if visible is not None:
-                    scores.masked_fill_(~visible(b, h, rows), -math.inf)
+                    scores.masked_fill_(~visible(b, h, rows).to(scores.device), -math.inf)
                 weights = scores.softmax(-1).nan_to_num_(0.0)
-                out[b, h] = weights @ value[b, h // group].double()
+                out[b, h] = weights @ to_float64(value[b, h // group])
         return out
 
     def error_against(self, expected: Tensor) -> Callable[[Tensor], float]:
@@ -72,9 +72,9 @@ class SampledRows:
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
     """`||output - expected|| / ||expected||`; infinite where the output holds NaN."""
-    if not bool(torch.isfinite(output).all()):
+    if not is_finite(output):
         return math.inf
-    return float((output.double() - expected).norm() / expected.norm())
+    return float((to_float64(output) - expected).norm() / expected.norm())
 
 
 def visible_by(pattern: Pattern) -> Callable[[int, int, Tensor], Tensor]:

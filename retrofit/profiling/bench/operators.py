@@ -11,13 +11,14 @@ from retrofit.kernels.grid_window import branches_coincide
 from retrofit.layout.grid import TokenGrid
 from retrofit.patterns import Mean, Neighborhood, Pattern, Windows
 from retrofit.profiling.bench.attention import Attention, Route, Shape
-from retrofit.profiling.bench.lines import Line, time_routes
+from retrofit.profiling.bench.lines import Line, dense_base, time_routes
 from retrofit.profiling.bench.patterns import (
     Size,
     block_sparse_route,
     draw_block_mask,
     pattern_route,
 )
+from retrofit.runtime.devices import on_accelerator
 
 BLOCK_SIZE = (128, 64)
 KEEPS = (0.1, 0.5)
@@ -31,7 +32,7 @@ class TourChoice:
     """What to time.
 
     Attributes:
-        device: `cpu` or `cuda`.
+        device: Where it runs.
         dtypes: Of the tensors.
         sides: Height and width of the square grids, from which tokens follow.
         rounds: Timed rounds; None takes what the device needs.
@@ -57,7 +58,7 @@ def tour(
     Yields:
         A line for each case; one that was refused has no time.
     """
-    base = "cudnn" if choice.device == "cuda" else "sdpa"
+    base = dense_base(choice.device)
     total = len(choice.dtypes) * len(choice.sides)
     for i, (dtype, side) in enumerate((d, s) for d in choice.dtypes for s in choice.sides):
         if progress is not None:
@@ -72,7 +73,7 @@ def _cases(
     choice: TourChoice, dtype: torch.dtype, side: int
 ) -> Iterator[tuple[str, Attention, Route]]:
     generator = torch.Generator().manual_seed(choice.seed + side)
-    heads = GPU_HEADS if choice.device == "cuda" else CPU_HEADS
+    heads = GPU_HEADS if on_accelerator(choice.device) else CPU_HEADS
     tokens = side * side
     shape = Shape(heads=heads, seq_len=tokens, dtype=dtype, device=choice.device)
     attention = Attention(shape, generator)

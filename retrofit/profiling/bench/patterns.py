@@ -94,12 +94,17 @@ def _visible_blocks(
 
 def pattern_route(attention: Attention, pattern: Pattern, *, backend: str | None = None) -> Route:
     """Attention by a pattern, held against its mask; a mean against the mean over its branches."""
-    call = AttentionCall(query=attention.query, key=attention.key, value=attention.value)
     parts = pattern.parts if isinstance(pattern, Mean) else (pattern,)
     expected = [attention.rows.expected(visible_by(part)) for part in parts]
+
+    def run() -> Tensor:
+        call = AttentionCall(query=attention.query, key=attention.key, value=attention.value)
+        out: Tensor = attend(call, pattern, backend=backend)
+        return out
+
     return Route(
         name="retrofit",
-        run=lambda: attend(call, pattern, backend=backend),
+        run=run,
         expected=sum(expected[1:], expected[0]) / len(parts),
         kept=pattern.keep(),
         details={"pattern": pattern.name, "grid": list(pattern.layout.shape), **_sizes(parts[0])},

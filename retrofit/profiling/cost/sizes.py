@@ -92,7 +92,7 @@ def _trace_size(target: Any, network: FoundNetwork, size: InputSize, request: Re
     examples = network.family.inputs
     if examples is None:
         raise InputError(f"{network.where('')}: family {network.family.name} has no inputs.")
-    drawn = examples.make(network.module, size, torch.Generator().manual_seed(0))
+    drawn = examples.shapes(network.module, size)
     dtype = getattr(torch, request.dtype or "float32")
     inputs = {name: _on_meta(value, dtype) for name, value in drawn.items()}
     with tracing(network.module) as dense:
