@@ -55,7 +55,7 @@ def run(
     sites                                                           kind  tokens  of the work
     unet.down_blocks.1.attentions.*.transformer_blocks.*.attn1  x4  self   16384         7.7%
     ...
-    methods that apply: block-sparse, clear, hidiffusion, neighborhood, window
+    methods that apply: block-sparse, clear, exact, hidiffusion, neighborhood, seer, window
 
     $ retrofit inspect minilm/ --tokens 512
     $ retrofit inspect wan/ --size 1920x1080 --frames 81 --json

@@ -71,7 +71,11 @@ def run(
     elif name is not None:
         _document(METHODS[name], recipes)
     elif family is not None:
-        rows = [(key, r.method.name, _changed_settings(r)) for key, r in recipes.items()]
+        rows = [
+            (key, rule.method.name, _changed_settings(rule.method))
+            for key, recipe in recipes.items()
+            for rule in recipe.rules
+        ]
         print_table(("recipe", "method", "what it sets"), rows)
         print_lines(f"`retrofit methods NAME --family {family}` shows them beside the defaults.")
     else:
@@ -80,9 +84,8 @@ def run(
         print_lines("`retrofit methods NAME` documents one.")
 
 
-def _changed_settings(recipe: Recipe) -> str:
+def _changed_settings(method: Method) -> str:
     """Settings that are not the method's defaults, as --set takes them."""
-    method = recipe.method
     found = [
         f"{p['name']}={_as_typed(getattr(method, p['name']))}"
         for p in _settings(type(method))
@@ -91,8 +94,10 @@ def _changed_settings(recipe: Recipe) -> str:
     return " ".join(found) or "nothing: the defaults"
 
 
-def _of_method(config: type[Method], recipes: dict[str, Recipe]) -> dict[str, Recipe]:
-    return {key: recipe for key, recipe in recipes.items() if type(recipe.method) is config}
+def _of_method(config: type[Method], recipes: dict[str, Recipe]) -> dict[str, Method]:
+    """The settings in recipes whose only rule is of a method."""
+    methods = {key: r.rules[0].method for key, r in recipes.items() if len(r.rules) == 1}
+    return {key: method for key, method in methods.items() if type(method) is config}
 
 
 def _document(config: type[Method], recipes: dict[str, Recipe]) -> None:
@@ -111,7 +116,7 @@ def _document(config: type[Method], recipes: dict[str, Recipe]) -> None:
     rows = [
         (
             *(p["name"], p["type"], _as_typed(p["default"])),
-            *(_as_typed(getattr(recipe.method, p["name"])) for recipe in shown.values()),
+            *(_as_typed(getattr(method, p["name"])) for method in shown.values()),
             p["what"],
         )
         for p in _settings(config)
@@ -137,7 +142,7 @@ def _example_setting(config: type[Method]) -> str:
 def _as_json(config: type[Method], recipes: dict[str, Recipe]) -> dict[str, Any]:
     shown = _of_method(config, recipes)
     return {
-        "recipes": {key: recipe.to_dict()["parameters"] for key, recipe in shown.items()},
+        "recipes": {key: dataclasses.asdict(method) for key, method in shown.items()},
         "summary": config.summary,
         "paper": config.paper,
         "helps": config.helps,

@@ -23,17 +23,18 @@ def explain_size(request: Request, checkpoint: Checkpoint) -> str | None:
         return None
     area = request.width * request.height / (native[0] * native[1])
     if request.recipe is not None:
-        method = Recipe.from_dict(request.recipe).method
-        return method.explain_run(f"{native[0]}x{native[1]}", area, request.steps)
+        methods = [rule.method for rule in Recipe.from_dict(request.recipe).rules]
+        said = [m.explain_run(f"{native[0]}x{native[1]}", area, request.steps) for m in methods]
+        return " ".join(filter(None, said)) or None
     if area <= ENLARGED or request.image is not None:
         return None
     trusted = request.trust_remote_code
-    methods = enlarging_methods(build_networks(checkpoint, trust_remote_code=trusted))
-    if not methods:
+    names = enlarging_methods(build_networks(checkpoint, trust_remote_code=trusted))
+    if not names:
         return None
     return (
         f"trained at {native[0]}x{native[1]}: above it objects repeat. "
-        f"Add --method {' or '.join(methods)}."
+        f"Add --method {' or '.join(names)}."
     )
 
 
