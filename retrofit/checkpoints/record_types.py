@@ -74,11 +74,20 @@ class OuterRecipe(TypedDict, total=False):
     description: str | None
 
 
-class SavedRecipe(OuterRecipe):
+class SavedRule(OuterRecipe):
     """The same of a recipe in a record, which has every setting."""
 
     method: str
     parameters: Mapping[str, Any]
+
+
+class SavedRules(OuterRecipe):
+    """A recipe in a record that has more than one rule."""
+
+    rules: list[Annotated[SavedRule, OTHER_KEYS]]
+
+
+SavedRecipe = Annotated[SavedRule, OTHER_KEYS] | Annotated[SavedRules, OTHER_KEYS]
 
 
 class Record(TypedDict):
@@ -88,7 +97,7 @@ class Record(TypedDict):
     digest: Sha256
     source: str
     family: list[str]
-    recipe: Annotated[SavedRecipe, OTHER_KEYS]
+    recipe: SavedRecipe
     sites: list[SiteEntry]
     changed: list[str]
     skipped: list[tuple[str, str]]

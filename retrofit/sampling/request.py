@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal
 from retrofit.checkpoints.record_types import SavedRecipe
 from retrofit.runtime.errors import ConfigError, InputError, NotFoundError
 from retrofit.runtime.reading import PICTURE_BYTES, read_bytes
-from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within, find_problems
+from retrofit.runtime.schema import Sha256, Within, find_problems
 
 Offload = Literal["none", "model", "sequential"]
 SEED_LIMIT = 2**63
@@ -192,8 +192,8 @@ class Request:
                 f"{where}: its record has settings that this retrofit does not know ({named}). "
                 "Upgrade: pip install --upgrade retrofit-attention"
             )
-        saved = Annotated[SavedRecipe, OTHER_KEYS] | None
-        problems = find_problems(data, cls) or find_problems(data.get("recipe"), saved, "recipe")
+        problems = find_problems(data, cls)
+        problems += find_problems(data.get("recipe"), SavedRecipe | None, "recipe")
         if not problems:
             request = cls(**_as_values(data))
             problems = request.find_mistakes()
