@@ -22,7 +22,7 @@ from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
 from retrofit.runtime.devices import main_parameter
-from retrofit.runtime.errors import NonFiniteError, UnsupportedError
+from retrofit.runtime.errors import CheckpointError, NonFiniteError, UnsupportedError
 from retrofit.runtime.finite import find_nonfinite
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,19 @@ def make_proof(target: Any, recipe: Recipe, *, seed: int, device: str) -> dict[s
 
 
 def repeat_proof(target: Any, recipe: Recipe, proof: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the probe of a recorded proof again; returns the same kind of data."""
+    """Run the probe of a recorded proof again; returns the same kind of data.
+
+    Raises:
+        CheckpointError: If it is of a size that its family has not.
+    """
     sizes = {entry["name"]: InputSize(**entry["size"]) for entry in proof["networks"]}
+    for network in find_networks(target, recipe.components):
+        size = sizes.get(network.name)
+        if size is not None and ("tokens" in _examples(network).axes) != (size.tokens > 0):
+            raise CheckpointError(
+                f"{network.where('')}: its proof is of {size}, which is no size of family "
+                f"{network.family.name}. Run `retrofit patch` on the source again."
+            )
     networks = [
         _run_both(target, recipe, network, sizes[network.name], proof["seed"])
         for network in find_networks(target, recipe.components)
