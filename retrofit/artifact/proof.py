@@ -62,17 +62,15 @@ def make_proof(target: Any, recipe: Recipe, *, seed: int, device: str) -> dict[s
 def repeat_proof(target: Any, recipe: Recipe, proof: Mapping[str, Any]) -> dict[str, Any]:
     """Run the probe of a recorded proof again; returns the same kind of data.
 
-    Raises:
-        CheckpointError: If it is of a size that its family has not.
+    A size that its family has not is a `CheckpointError`.
     """
     sizes = {entry["name"]: InputSize(**entry["size"]) for entry in proof["networks"]}
     for network in find_networks(target, recipe.components):
         size = sizes.get(network.name)
         if size is not None and ("tokens" in _examples(network).axes) != (size.tokens > 0):
-            raise CheckpointError(
-                f"{network.where('')}: its proof is of {size}, which is no size of family "
-                f"{network.family.name}. Run `retrofit patch` on the source again."
-            )
+            where, family = network.where(""), network.family.name
+            problem = f"{where}: its proof is of {size}, which is no size of family {family}."
+            raise CheckpointError(f"{problem} Run `retrofit patch` on the source again.")
     networks = [
         _run_both(target, recipe, network, sizes[network.name], proof["seed"])
         for network in find_networks(target, recipe.components)
