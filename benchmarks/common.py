@@ -17,8 +17,15 @@ from typing import Any
 import torch
 
 from benchmarks.peers import Missing
+from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import AttentionSite
+from retrofit.methods import Method
+from retrofit.methods.run_state import RunState
+from retrofit.patterns import AttentionCall, Pattern
+from retrofit.profiling.bench.attention import Attention
 from retrofit.profiling.bench.lines import Line
-from retrofit.runtime.timing import load_average, pin_to_one_core, processor_name
+from retrofit.runtime.devices import device_name
+from retrofit.runtime.machine import load_average, pin_to_one_core
 from retrofit.runtime.versions import library_versions
 
 Reader = Callable[[str], Any]
@@ -52,9 +59,8 @@ class Machine:
 
     def to_dict(self) -> dict[str, Any]:
         """What a reader needs to judge the times."""
-        on_gpu = self.device == "cuda"
         return {
-            "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
+            "device": device_name(self.device),
             "cores": os.cpu_count(),
             "threads": self.threads,
             "pinned": self.core is not None,
@@ -177,6 +183,28 @@ def known(names: Collection[str]) -> Reader:
         return name
 
     return read
+
+
+def lone_site(heads: int, head_dim: int) -> AttentionSite:
+    """A site of no network, for methods that are run by themselves."""
+    return AttentionSite(
+        path="attn",
+        index=0,
+        block=0,
+        kind="self",
+        num_heads=heads,
+        head_dim=head_dim,
+        layout="grid",
+    )
+
+
+def attend_by(
+    method: Method, attention: Attention, layout: TokenGrid
+) -> tuple[torch.Tensor, Pattern]:
+    """A method's attention as a patched layer of this shape runs it, and its pattern."""
+    site = lone_site(attention.shape.heads, attention.shape.head_dim)
+    call = AttentionCall(query=attention.query, key=attention.key, value=attention.value)
+    return method.attend(site, layout, call, RunState())
 
 
 def run_main(main: Callable[[], int]) -> None:

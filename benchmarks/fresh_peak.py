@@ -26,6 +26,7 @@ from retrofit.families.examples import InputSize
 from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.patching.patch import patch
 from retrofit.runtime.child_process import run_child
+from retrofit.runtime.memory import peak_memory, resident_memory, restart_peak
 
 ROOT = Path(__file__).parent.parent
 Inputs = dict[str, Any]
@@ -96,27 +97,16 @@ def patched(
 
 def peak_of(run: Callable[[], Any]) -> int | None:
     """Bytes that a call makes resident beside what is so before; None off Linux."""
-    before = _restart_peak()
-    output = run()
-    peak = None if before is None else _status("VmHWM") - before
-    del output
-    return peak
-
-
-def _restart_peak() -> int | None:
-    """Give freed memory back and forget the peak so far; resident bytes now, None off Linux."""
     gc.collect()
     if sys.platform != "linux":
         return None
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    return _status("VmRSS")
-
-
-def _status(key: str) -> int:
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in text.splitlines() if line.startswith(f"{key}:"))
-    return int(line.split()[1]) * 1024
+    ctypes.CDLL(None).malloc_trim(0)  # what is freed goes back, so that it is counted again
+    restart_peak()
+    before = resident_memory()
+    output = run()
+    peak = peak_memory() - before
+    del output
+    return peak
 
 
 def main() -> None:

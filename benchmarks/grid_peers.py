@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import flex
 from benchmarks.peers import Missing, import_failure
+from retrofit.patterns import Mean, Neighborhood, Pattern, Windows
 from retrofit.profiling.bench.attention import Attention, Route
 from retrofit.profiling.bench.patterns import Size
 
@@ -24,21 +25,21 @@ class GridProblem:
 
     Attributes:
         attention: Queries, keys and values.
-        grid: Frames, height, width.
-        sees: As for `visible_in_grid`.
-        window: Keys on each axis, where the pattern is a window around each query.
+        pattern: What is seen, on a grid without special tokens.
         ours: Our own route.
     """
 
     attention: Attention
-    grid: Size
-    sees: Callable[[int, Tensor, Tensor], Tensor]
-    window: Size | None
+    pattern: Pattern
     ours: Route
 
 
-def flex_on_grid(problem: GridProblem, *, block: int = 128, mode: str = "default") -> Route:
+def flex_on_grid(
+    problem: GridProblem, *, block: int = 128, mode: str = "default"
+) -> Route | Missing:
     """FlexAttention with the pattern as a mask over tokens in raster order."""
+    if isinstance(problem.pattern, Mean):
+        return Missing(name="flex", reason="two branches are no single mask")
     attention = problem.attention
     block_mask = flex_grid_mask(problem, block)
     compiled = flex.compiled_flex(mode)
@@ -69,24 +70,14 @@ def flex_grid_mask(problem: GridProblem, block: int) -> Any:
     from torch.nn.attention.flex_attention import BlockMask
 
     seq_len = problem.attention.shape.seq_len
-    device = problem.attention.query.device
-    steps = (problem.grid[1] * problem.grid[2], problem.grid[2], 1)
-
-    def mask_mod(b: Any, h: Any, query: Tensor, key: Tensor) -> Tensor:
-        seen = problem.sees(
-            0, query // steps[0] % problem.grid[0], key // steps[0] % problem.grid[0]
-        )
-        for axis in (1, 2):
-            length, step = problem.grid[axis], steps[axis]
-            seen = seen & problem.sees(axis, query // step % length, key // step % length)
-        return seen
-
+    device, mask_mod = problem.attention.query.device, problem.pattern.mask_mod
+    zero = torch.zeros((), dtype=torch.int64, device=device)
     num = -(-seq_len // block)
     keys = torch.arange(num * block, device=device)
     some, every = [], []
     for start in range(0, seq_len, block):
         rows = torch.arange(start, min(start + block, seq_len), device=device)[:, None]
-        seen = mask_mod(None, None, rows, keys.clamp(max=seq_len - 1)) & (keys < seq_len)
+        seen = mask_mod(zero, zero, rows, keys.clamp(max=seq_len - 1)) & (keys < seq_len)
         blocks = seen.unflatten(1, (num, block))
         some.append(blocks.any(2).any(0))
         lengths = (seq_len - keys[::block]).clamp(max=block)
@@ -106,11 +97,12 @@ def natten_on_grid(problem: GridProblem) -> Route | Missing:
     """NATTEN's neighborhood attention, by the backend that it chooses here."""
     if reason := import_failure("natten"):
         return Missing(name="natten", reason=reason)
-    if problem.window is None:
+    if not isinstance(problem.pattern, Neighborhood):
         return Missing(name="natten", reason="has no such pattern")
     natten = importlib.import_module("natten")
     attend = importlib.import_module("natten.functional").neighborhood_attention_generic
-    attention, grid, window = problem.attention, problem.grid, problem.window
+    attention, window = problem.attention, problem.pattern.window_size
+    grid = problem.pattern.layout.shape
     compiles = not natten.HAS_LIBNATTEN  # then it hands the call to FlexAttention
     # it takes tokens before heads; the transposition is no part of what is timed
     tensors = [
@@ -125,20 +117,23 @@ def natten_on_grid(problem: GridProblem) -> Route | Missing:
     return replace(problem.ours, name="natten", run=run, is_compiled=compiles)
 
 
-def rearranged(problem: GridProblem, strided: Sequence[bool]) -> Route | Missing:
+def rearranged(problem: GridProblem) -> Route | Missing:
     """What methods do without an operator: rearrange boxes into the batch, PyTorch's attention.
 
-    Args:
-        problem: Of contiguous or strided boxes that divide the grid.
-        strided: For each branch whether its boxes are strided; the branches are averaged.
+    For contiguous or strided boxes that divide the grid, or the mean over both.
     """
-    attention, grid, window = problem.attention, problem.grid, problem.window
-    if window is None or any(n % w for n, w in zip(grid, window, strict=True)):
+    pattern = problem.pattern
+    parts = pattern.parts if isinstance(pattern, Mean) else (pattern,)
+    boxes = [part for part in parts if isinstance(part, Windows) and not any(part.shift)]
+    if len(boxes) < len(parts):
+        return Missing(name="rearrange", reason="only for boxes that are not rolled")
+    attention, grid, window = problem.attention, pattern.layout.shape, boxes[0].window_size
+    if any(n % w for n, w in zip(grid, window, strict=True)):
         return Missing(name="rearrange", reason="the boxes do not divide the grid")
     counts = tuple(n // w for n, w in zip(grid, window, strict=True))
 
     def run() -> Tensor:
-        outs = [_attend_in_boxes(attention, grid, window, counts, far) for far in strided]
+        outs = [_attend_in_boxes(attention, grid, window, counts, box.strided) for box in boxes]
         return outs[0] if len(outs) == 1 else torch.stack(outs).mean(0)
 
     return replace(problem.ours, name="rearrange", run=run)

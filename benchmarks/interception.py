@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
 import json
-import os
-import statistics
-import time
 from typing import Any
 
 import torch
 
 import retrofit
-
-WARM_UP = 2  # rounds
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Contender, race
 
 
 def minilm(tokens: int) -> tuple[Any, dict[str, Any]]:
@@ -60,17 +58,13 @@ def measure(model: Any, inputs: dict[str, Any], rounds: int) -> dict[str, float]
     """Ratio of patched to dense time, 1.0 when the interception is free."""
     models = {"dense": model, "patched": copy.deepcopy(model)}
     retrofit.patch(models["patched"], "window", window_size=1_000_000)
-    ratios = []
-    for i in range(rounds + WARM_UP):
-        seconds = {}
-        for variant in ("dense", "patched") if i % 2 else ("patched", "dense"):
-            start = time.perf_counter()
-            with torch.no_grad():
-                models[variant](**inputs)
-            seconds[variant] = time.perf_counter() - start
-        ratios.append(seconds["patched"] / seconds["dense"])
-    ratios = ratios[WARM_UP:]
-    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+    contenders = [
+        Contender(name=name, run=functools.partial(variant, **inputs))
+        for name, variant in models.items()
+    ]
+    with torch.no_grad():
+        result = race(contenders, rounds=rounds)
+    return result.speed("dense", base="patched").to_dict()
 
 
 def main() -> None:
@@ -87,13 +81,13 @@ def main() -> None:
         side = options.latents
         cases[f"SD 1.5 block, {side}x{side} latents"] = sd15_block(side)
     for name, (model, inputs) in cases.items():
-        line = {"case": name, **measure(model, inputs, options.rounds), "load": os.getloadavg()[0]}
+        line = {"case": name, **measure(model, inputs, options.rounds), "load": load_average()}
         if options.json:
             print(json.dumps(line), flush=True)
         else:
             print(
                 f"{name}: patched / dense = {line['median']:.3f} "
-                f"({line['min']:.3f} to {line['max']:.3f}), load {line['load']:.1f}",
+                f"({line['min']:.3f} to {line['max']:.3f}), load {line['load']}",
                 flush=True,
             )
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from benchmarks import common
 from benchmarks.grid_peers import GridProblem, flex_on_grid, rearranged
@@ -22,11 +21,13 @@ from benchmarks.peers import Missing
 from benchmarks.tables import print_missing, print_rows
 from retrofit.kernels import block_sparse_attention, lists_from_mask, select_blocks
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
+from retrofit.methods.block_sparse import BlockSparseConfig
+from retrofit.methods.t3 import boxes
+from retrofit.patterns import Neighborhood, Windows
 from retrofit.profiling.bench.attention import Attention, Route, Shape
-from retrofit.profiling.bench.checking import boxes, inward_window, visible_blocks
+from retrofit.profiling.bench.checking import visible_by
 from retrofit.profiling.bench.lines import Line, time_routes
-from retrofit.profiling.bench.patterns import Size, boxes_route, inward_route, t3_route
+from retrofit.profiling.bench.patterns import Size, block_sparse_route, pattern_route
 
 CYCLE = ((21, 1, 1), (1, 17, 30), (1, 8, 40), (3, 17, 8), (7, 8, 6))
 VIEW_KEEPS = (0.25, 0.1)
@@ -58,6 +59,14 @@ class MethodPreset:
     window: Size = (1, 1, 1)
     special: int = 0
 
+    @property
+    def layout(self) -> TokenGrid:
+        """Of the tokens."""
+        frames, height, width = self.grid
+        return TokenGrid(
+            frames=frames, height=height, width=width, num_frame_prefix_tokens=self.special
+        )
+
     def shrunk(self, factor: int) -> MethodPreset:
         """Height, width and windows divided."""
         frames, height, width = self.grid
@@ -69,17 +78,9 @@ class MethodPreset:
 def t3_cases(preset: MethodPreset, attention: Attention) -> Iterator[Made]:
     """The layouts of the published cycle, beside rearranging the tokens."""
     for counts in CYCLE:
-        ours = t3_route(attention, preset.grid, counts)
-        size = ours.details["window"]
-        window = (size[0], size[1], size[2])
-        problem = GridProblem(
-            attention=attention,
-            grid=preset.grid,
-            sees=boxes(preset.grid, window),
-            window=window,
-            ours=ours,
-        )
-        other = rearranged(problem, (False, True))
+        pattern = boxes(preset.layout, counts)
+        ours = pattern_route(attention, pattern)
+        other = rearranged(GridProblem(attention=attention, pattern=pattern, ours=ours))
         missing = [other] if isinstance(other, Missing) else []
         routes = [ours] if isinstance(other, Missing) else [ours, other]
         yield f"t3 {'x'.join(map(str, counts))}", attention, routes, missing
@@ -87,68 +88,35 @@ def t3_cases(preset: MethodPreset, attention: Attention) -> Iterator[Made]:
 
 def freeswim_cases(preset: MethodPreset, attention: Attention) -> Iterator[Made]:
     """The window branch, beside FlexAttention in raster order."""
-    ours = inward_route(attention, preset.grid, preset.window)
-    problem = GridProblem(
-        attention=attention,
-        grid=preset.grid,
-        sees=inward_window(preset.grid, preset.window),
-        window=preset.window,
-        ours=ours,
-    )
-    yield "freeswim", attention, [ours, flex_on_grid(problem)], []
+    pattern = Neighborhood(layout=preset.layout, window_size=preset.window)
+    ours = pattern_route(attention, pattern)
+    other = flex_on_grid(GridProblem(attention=attention, pattern=pattern, ours=ours))
+    assert isinstance(other, Route)  # noqa: S101 - the pattern is one mask
+    yield "freeswim", attention, [ours, other], []
 
 
 def msw_cases(preset: MethodPreset, attention: Attention) -> Iterator[Made]:
     """Windows of half a side, rolled by half of one."""
     shift = (0, preset.window[1] // 2, preset.window[2] // 2)
-    yield "msw", attention, [boxes_route(attention, preset.grid, preset.window, shift=shift)], []
+    pattern = Windows(layout=preset.layout, window_size=preset.window, shift=shift)
+    yield "msw", attention, [pattern_route(attention, pattern)], []
 
 
 def vggt_cases(preset: MethodPreset, attention: Attention) -> Iterator[Made]:
     """Pool, choose, attend, special tokens; then without the choice, and the choice alone."""
-    frames, height, width = preset.grid
-    grid = TokenGrid(
-        frames=frames, height=height, width=width, num_frame_prefix_tokens=preset.special
-    )
     for keep in VIEW_KEEPS:
-        operator = BlockSparse(config=BlockSparseConfig(keep=keep), grid=grid)
-        whole = _vggt_route(attention, operator)
+        whole = _vggt_route(attention, preset.layout, BlockSparseConfig(keep=keep))
         yield f"vggt keep={keep:g}", attention, [whole, _without_choice(attention, whole, keep)], []
 
 
-def _vggt_route(attention: Attention, operator: BlockSparse) -> Route:
-    query, key, value = attention.query, attention.key, attention.value
-
-    def run() -> Tensor:
-        return operator(query, key, value, attn_mask=None, is_causal=False, scale=None)
-
-    run()
-    assert operator.block_map is not None  # noqa: S101 - the call above was not dense
-    block_map, parts = operator.block_map, operator.arrange(query, key, None)
-    block_q, block_k = operator.config.block_size
-    place = torch.full((query.shape[2],), -1, dtype=torch.int64, device=query.device)
-    # fillings repeat a token: the first place of each is its own
-    places = torch.arange(parts.tokens.numel(), device=query.device)
-    place.scatter_reduce_(0, parts.tokens, places, "amin", include_self=False)
-
-    def visible(batch: int, head: int, rows: Tensor) -> Tensor:
-        seen = torch.ones(len(rows), query.shape[2], dtype=torch.bool, device=query.device)
-        inside = place[rows] >= 0
-        blocks = block_map[batch, head, place[rows[inside]] // block_q]
-        listed = blocks.repeat_interleave(block_k, 1)[:, : parts.columns.numel()]
-        if parts.shown is not None:
-            listed = listed & parts.shown.view(1, -1)
-        found = torch.zeros(len(listed), query.shape[2], dtype=torch.int32, device=query.device)
-        found.index_add_(1, parts.columns, listed.int())
-        seen[inside] = found > 0
-        return seen
-
+def _vggt_route(attention: Attention, layout: TokenGrid, config: BlockSparseConfig) -> Route:
+    _, pattern = common.attend_by(config, attention, layout)
     return Route(
         name="retrofit",
-        run=run,
-        expected=attention.rows.expected(visible),
-        kept=operator.keep_fraction(query, key),
-        details={"block_size": [block_q, block_k], "keep_asked": operator.config.keep},
+        run=lambda: common.attend_by(config, attention, layout)[0],
+        expected=attention.rows.expected(visible_by(pattern)),
+        kept=pattern.keep(),
+        details={"block_size": list(config.block_size), "keep_asked": config.keep},
     )
 
 
@@ -158,11 +126,10 @@ def _without_choice(attention: Attention, whole: Route, keep: float) -> Route:
     size = (128, 64)
     mask = select_blocks(query, key, block_size=size, keep=keep)
     lists = lists_from_mask(mask, max_count=int(mask.sum(-1).max()))
-    return Route(
+    return replace(
+        block_sparse_route(attention, mask, size),
         name="attention alone",
         run=lambda: block_sparse_attention(query, key, value, lists, block_size=size),
-        expected=attention.rows.expected(visible_blocks(mask, size, query.shape[2])),
-        kept=float(mask.double().mean()),
         details=whole.details,
     )
 

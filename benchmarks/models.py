@@ -24,6 +24,7 @@ from retrofit.evaluate.metrics import output_tensor
 from retrofit.methods import METHODS
 from retrofit.patching.patch import patch
 from retrofit.patching.recipe import Recipe
+from retrofit.runtime.finite import is_finite
 from retrofit.runtime.timing import Contender, Race, Spread, race
 
 TEXT_TOKENS = {"sd15": 77, "wan": 512}
@@ -97,7 +98,7 @@ def wan_inputs(frames: int, height: int, width: int, dtype: torch.dtype) -> dict
 
 
 def _recipe(method: str, **settings: Any) -> Recipe:
-    return Recipe(method=METHODS[method](**settings))
+    return Recipe.of(METHODS[method](**settings))
 
 
 WINDOWS = {
@@ -189,7 +190,7 @@ def tomesd_run(model: nn.Module, inputs: dict[str, Any]) -> Callable[[], Any] | 
 
 def is_not_finite(output: Any) -> float:
     """0 for a finite output, else 1: weights are random, so there is no truth to compare with."""
-    return float(not bool(torch.isfinite(output_tensor(output)).all()))
+    return float(not is_finite(output_tensor(output)))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -8,6 +8,7 @@ before it, each in a process of its own: `benchmarks.fresh_peak`.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from retrofit.checkpoints import find_checkpoint
 from retrofit.families.examples import InputSize
 from retrofit.profiling.cost.plan import Plan, Request, plan_checkpoint
 from retrofit.profiling.inspection import AskedSize
-from retrofit.runtime.timing import Spread
+from retrofit.runtime.timing import Spread, timed
 
 DENSE = "dense"
 Variant = tuple[str | None, Mapping[str, Any]]  # a method, None for none, and its settings
@@ -205,14 +206,9 @@ def _time_rounds(
             for label, variant in variants.items():
                 with patched(network, *variant) as module:
                     module(**inputs)  # libraries and a patch prepare themselves
-                    seconds[label].append(_time(module, inputs))
+                    call = functools.partial(module, **inputs)
+                    seconds[label].append(timed(call, clock=time.process_time)[1])
     return seconds
-
-
-def _time(module: nn.Module, inputs: Mapping[str, Any]) -> float:
-    start = time.process_time()
-    module(**inputs)
-    return time.process_time() - start
 
 
 def _lines(plans: Mapping[str, Plan], calls: Mapping[str, list[Call]]) -> Iterator[dict[str, Any]]:

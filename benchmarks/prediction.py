@@ -21,14 +21,13 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from benchmarks import common, planned, quick, windows
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite
 from retrofit.methods.block_sparse import BlockSparseConfig
-from retrofit.methods.run_state import RunState
 from retrofit.profiling.bench.attention import Attention, Shape
 from retrofit.profiling.cost.network_plan import cost_of
 from retrofit.profiling.cost.rates import measure_rates
 from retrofit.profiling.cost.trace import Trace, tracing
-from retrofit.runtime.timing import Contender, Race, Spread, load_average, race
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Contender, Race, Spread, race
 
 CLOSE = 0.25
 ROUNDS = 5
@@ -68,9 +67,9 @@ def operators(name: str, dtype: torch.dtype, options: argparse.Namespace) -> Ite
     if preset is None:
         runs |= _block_runs(attention)
     else:
-        for pattern in preset.patterns:
-            case = "x".join(map(str, pattern.window))
-            runs[case] = windows.make(attention, preset.grid, pattern)[0].run
+        for choice in preset.patterns:
+            case = "x".join(map(str, choice.window))
+            runs[case] = windows.make(attention, preset.grid, choice).ours.run
     traces = {
         case: _trace(functools.partial(_on_meta, run, attention, on_meta))
         for case, run in runs.items()
@@ -79,23 +78,12 @@ def operators(name: str, dtype: torch.dtype, options: argparse.Namespace) -> Ite
 
 
 def _block_runs(attention: Attention) -> dict[str, Callable[[], Any]]:
-    """The method's operator, as a patched layer of this shape calls it."""
-    shape = attention.shape
-    site = AttentionSite(
-        path="attn",
-        index=0,
-        block=0,
-        kind="self",
-        num_heads=shape.heads,
-        head_dim=shape.head_dim,
-        grid_source="",
-    )
+    """The method, as a patched layer of this shape runs it."""
+    layout = TokenGrid(width=attention.shape.seq_len)
 
     def run(block: int, keep: float) -> Any:
         config = BlockSparseConfig(keep=keep, block_size=(block, block))
-        operator = config.build(site, TokenGrid(width=shape.seq_len), RunState())
-        query, key, value = attention.query, attention.key, attention.value
-        return operator(query, key, value, attn_mask=None, is_causal=False, scale=None)
+        return common.attend_by(config, attention, layout)
 
     return {
         f"blk{block} keep={keep:g}": functools.partial(run, block, keep)

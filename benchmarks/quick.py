@@ -22,16 +22,19 @@ from benchmarks.choosing import TIES, attend, choose_slowly, disagreement, share
 from benchmarks.first_calls import time_first_calls
 from benchmarks.goals import C1, C2, C4, C7, C8, C9, FIRST_LIMIT, SHARE_LIMIT, Goal
 from retrofit.kernels import backends, select_blocks
+from retrofit.layout.grid import TokenGrid
+from retrofit.patterns import Neighborhood
 from retrofit.profiling.bench.attention import Attention, Shape
 from retrofit.profiling.bench.lines import Line, time_routes
-from retrofit.profiling.bench.patterns import block_sparse_route, draw_block_mask, inward_route
-from retrofit.runtime.timing import Contender, Race, Spread, load_average, race
+from retrofit.profiling.bench.patterns import block_sparse_route, draw_block_mask, pattern_route
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Contender, Race, Spread, race
 
 SEQ_LEN = 8192
 HEADS = 2
 BLOCKS = (64, 128)
 KEEPS = (0.05, 0.1, 0.25, 0.5)
-GRID, WINDOW = (21, 24, 40), (21, 11, 17)
+WINDOWS = Neighborhood(layout=TokenGrid(frames=21, height=24, width=40), window_size=(21, 11, 17))
 BUDGET = 170.0  # seconds after which every case gets as few rounds as can be
 FIRST_CALLS = 3  # fresh processes
 
@@ -79,14 +82,12 @@ class Quick:
 
     def windows(self, dtype: torch.dtype) -> Measured:
         """C7: windows pushed inward at the borders of a grid, against dense."""
-        seq_len = GRID[0] * GRID[1] * GRID[2]
-        attention = Attention(
-            Shape(heads=2, seq_len=seq_len, dtype=dtype), generator=self.generator
-        )
+        shape = Shape(heads=2, seq_len=WINDOWS.layout.num_tokens, dtype=dtype)
+        attention = Attention(shape, generator=self.generator)
         (line,) = time_routes(
             "inward window",
             attention,
-            [inward_route(attention, GRID, WINDOW)],
+            [pattern_route(attention, WINDOWS)],
             rounds=self.rounds,
             stop_at=self.stop_at,
         )

@@ -19,9 +19,12 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks import common
 from retrofit.architectures.vggt import VGGT
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
+from retrofit.methods.block_sparse import BlockSparseConfig
+from retrofit.methods.run_state import RunState
 from retrofit.patching.patch import patch
-from retrofit.runtime.timing import Contender, Race, load_average, race
+from retrofit.patterns import AttentionCall
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import Contender, Race, race
 
 KEEPS = (0.5, 0.25)
 HEAD_DIM = 64
@@ -37,20 +40,25 @@ def attention(
     generator = torch.Generator().manual_seed(0)
     shape = (1, heads, grid.num_tokens, HEAD_DIM)
     query, key, value = (torch.randn(shape, generator=generator).to(dtype) for _ in range(3))
-    given: dict[str, Any] = {"attn_mask": None, "is_causal": False, "scale": None}
+    given = (
+        common.lone_site(heads, HEAD_DIM),
+        grid,
+        AttentionCall(query=query, key=key, value=value),
+        RunState(),
+    )
     contenders = [
         Contender(name="dense", run=lambda: scaled_dot_product_attention(query, key, value))
     ]
     for keep in KEEPS:
-        operator = BlockSparse(config=BlockSparseConfig(keep=keep), grid=grid)
+        method = BlockSparseConfig(keep=keep)
         contenders += [
             Contender(
                 name=f"keep {keep}",
-                run=lambda operator=operator: operator(query, key, value, **given),
+                run=lambda method=method: method.attend(*given)[0],
             ),
             Contender(
                 name=f"choosing {keep}",
-                run=lambda operator=operator: operator.choose_blocks(query, key),
+                run=lambda method=method: method.pattern(*given),
             ),
         ]
     with torch.no_grad():

@@ -17,16 +17,18 @@ from benchmarks import common
 from benchmarks.grid_peers import GridProblem, flex_on_grid, natten_on_grid, rearranged
 from benchmarks.peers import Missing
 from benchmarks.tables import print_missing, print_rows
-from retrofit.profiling.bench.attention import Attention, Route, Shape
-from retrofit.profiling.bench.checking import boxes, inward_window
+from retrofit.layout.grid import TokenGrid
+from retrofit.methods.t3 import boxes
+from retrofit.patterns import Neighborhood, Pattern, Windows
+from retrofit.profiling.bench.attention import Attention, Shape
 from retrofit.profiling.bench.lines import Line, time_routes
-from retrofit.profiling.bench.patterns import Size, boxes_route, inward_route, t3_route
+from retrofit.profiling.bench.patterns import Size, pattern_route
 
-PEERS = ("flex", "natten", "rearrange")
+PEERS = {"flex": flex_on_grid, "natten": natten_on_grid, "rearrange": rearranged}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Pattern:
+class Choice:
     """One pattern of a preset.
 
     Attributes:
@@ -37,6 +39,16 @@ class Pattern:
     kind: Literal["inward", "boxes", "t3"]
     window: Size
 
+    def on(self, layout: TokenGrid) -> Pattern:
+        """The pattern on a grid."""
+        window = self.window
+        if self.kind == "inward":
+            return Neighborhood(layout=layout, window_size=window)
+        if self.kind == "boxes":
+            shift = (0, window[1] // 2, window[2] // 2)
+            return Windows(layout=layout, window_size=window, shift=shift)
+        return boxes(layout, window)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Preset:
@@ -45,7 +57,7 @@ class Preset:
     grid: Size
     heads: int
     head_dim: int
-    patterns: tuple[Pattern, ...]
+    patterns: tuple[Choice, ...]
 
 
 PRESETS = {
@@ -54,20 +66,20 @@ PRESETS = {
         heads=4,
         head_dim=64,
         patterns=tuple(
-            Pattern(kind="t3", window=counts) for counts in ((4, 1, 1), (1, 4, 4), (2, 2, 2))
+            Choice(kind="t3", window=counts) for counts in ((4, 1, 1), (1, 4, 4), (2, 2, 2))
         ),
     ),
     "inward-small": Preset(
         grid=(21, 24, 40),
         heads=2,
         head_dim=64,
-        patterns=(Pattern(kind="inward", window=(21, 11, 17)),),
+        patterns=(Choice(kind="inward", window=(21, 11, 17)),),
     ),
     "msw-small": Preset(
         grid=(1, 64, 64),
         heads=8,
         head_dim=64,
-        patterns=(Pattern(kind="boxes", window=(1, 32, 32)),),
+        patterns=(Choice(kind="boxes", window=(1, 32, 32)),),
     ),
 }
 
@@ -77,68 +89,26 @@ def measure(
 ) -> Iterator[tuple[list[Line], list[Missing]]]:
     """The lines of one pattern after the other."""
     attention = Attention(shape, machine.generator(shape.seq_len))
-    for pattern in preset.patterns:
-        ours, problem, branches = make(attention, preset.grid, pattern)
-        peers = _peers(problem, branches, options.peers)
+    for choice in preset.patterns:
+        problem = make(attention, preset.grid, choice)
+        peers = [PEERS[peer](problem) for peer in options.peers]
         routes = [peer for peer in peers if not isinstance(peer, Missing)]
         lines = time_routes(
-            f"{name} {'x'.join(map(str, pattern.window))}",
+            f"{name} {'x'.join(map(str, choice.window))}",
             attention,
-            [ours, *routes],
+            [problem.ours, *routes],
             rounds=options.rounds,
             base="cudnn" if shape.device == "cuda" else "sdpa",
         )
         yield lines, [peer for peer in peers if isinstance(peer, Missing)]
 
 
-def make(
-    attention: Attention, grid: Size, pattern: Pattern
-) -> tuple[Route, GridProblem, tuple[bool, ...]]:
-    """Our route, the problem for the peers, and which branches of boxes it is the mean of."""
-    window = pattern.window
-    if pattern.kind == "inward":
-        ours = inward_route(attention, grid, window)
-        sees, boxed, branches = inward_window(grid, window), window, ()
-    elif pattern.kind == "boxes":
-        shift = (0, window[1] // 2, window[2] // 2)
-        ours = boxes_route(attention, grid, window, shift=shift)
-        sees, boxed, branches = boxes(grid, window, shift), window, ()
-    else:
-        ours = t3_route(attention, grid, window)
-        size = ours.details["window"]
-        boxed = (size[0], size[1], size[2])
-        sees, branches = boxes(grid, boxed), (False, True)
-    problem = GridProblem(attention=attention, grid=grid, sees=sees, window=boxed, ours=ours)
-    return ours, problem, branches
-
-
-def _peers(
-    problem: GridProblem, branches: tuple[bool, ...], names: Sequence[str]
-) -> list[Route | Missing]:
-    is_inward = problem.ours.name == "retrofit" and "shift" not in problem.ours.details
-    is_inward = is_inward and not branches
-    found: list[Route | Missing] = []
-    for name in names:
-        if name == "flex":
-            two = len(branches) > 1 and problem.ours.details["branches"] == 2
-            found.append(
-                Missing(name="flex", reason="two branches are no single mask")
-                if two
-                else flex_on_grid(problem)
-            )
-        elif name == "natten":
-            found.append(
-                natten_on_grid(problem)
-                if is_inward
-                else Missing(name="natten", reason="has no such pattern")
-            )
-        else:
-            found.append(
-                rearranged(problem, branches)
-                if branches
-                else Missing(name="rearrange", reason="only for boxes that are not rolled")
-            )
-    return found
+def make(attention: Attention, grid: Size, choice: Choice) -> GridProblem:
+    """The pattern on a grid with our route, for the peers."""
+    frames, height, width = grid
+    pattern = choice.on(TokenGrid(frames=frames, height=height, width=width))
+    ours = pattern_route(attention, pattern)
+    return GridProblem(attention=attention, pattern=pattern, ours=ours)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,16 +1,17 @@
 """Every method once, with settings that exercise it, and the networks that it is tried on.
 
 The tests of `tests/methods` run over this table; a new method is one row. A row's `seen` says in
-plain loops, apart from the package, which keys a query sees: that is what its operator is held to.
+plain loops, apart from the package, which keys a query sees: that is what its pattern is held to.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,9 +24,14 @@ from retrofit.methods.clear import ClearConfig
 from retrofit.methods.freeswim import FreeSwimConfig
 from retrofit.methods.hidiffusion import HiDiffusionConfig
 from retrofit.methods.neighborhood import NeighborhoodConfig
+from retrofit.methods.radial import RadialConfig
 from retrofit.methods.run_state import RunState
+from retrofit.methods.seer import SeerConfig
+from retrofit.methods.svg import SvgConfig
 from retrofit.methods.t3 import T3Config, plan_counts
 from retrofit.methods.window import WindowConfig
+from retrofit.patterns import AttentionCall, Pattern
+from tests.newer_masks import band_masks, gated_masks, radial_mask
 
 TEXT, PICTURE, VIDEO = ("bert-padded", "minilm"), ("vit", "dinov2-registers"), ("wan-t2v",)
 UNETS = ("sd15", "sdxl")
@@ -35,13 +41,19 @@ Seen = Callable[[Method, "Call"], list[Mask]]
 
 
 class Call(NamedTuple):
-    """What an operator is built for and called with."""
+    """What a method is asked about: a site in the middle of a run, and the tensors of its call."""
 
     site: AttentionSite
     grid: TokenGrid
     state: RunState
     query: Tensor
     key: Tensor
+    value: Tensor
+
+    def weighing(self) -> Call:
+        """The same call with values for which the result is the attention weights."""
+        value = torch.eye(self.grid.num_tokens, dtype=torch.float64)
+        return self._replace(value=value.expand(*self.key.shape[:2], -1, -1))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,8 +64,8 @@ class Row:
         config: The settings.
         dense: Settings with which it is the dense model, or None where there are none.
         models: Names in `FAMILY_MODELS` that it fits.
-        grids: Grids that its operator is tried on, none of which its sizes divide.
-        seen: The masks whose attention the operator averages.
+        grids: Grids that it is tried on, none of which its sizes divide.
+        seen: The masks whose attention it averages.
         takes_mask: Whether it honours an attention mask; else it refuses one.
         takes_causal: Whether it honours `is_causal` on a plain sequence; else it refuses.
         chooses: Whether the keys seen depend on what is attended to, its scale and its mask.
@@ -61,7 +73,7 @@ class Row:
     """
 
     config: Method
-    dense: Method
+    dense: Method | None
     models: tuple[str, ...]
     grids: tuple[TokenGrid, ...]
     seen: Seen
@@ -74,6 +86,7 @@ class Row:
 SENTENCE = TokenGrid(width=67)
 PHOTO = TokenGrid(height=7, width=11, num_prefix_tokens=3)
 FRAMES = TokenGrid(frames=3, height=5, width=7)
+MOTION = TokenGrid(frames=9, height=3, width=5, num_suffix_tokens=4)
 VIEWS = TokenGrid(frames=3, height=4, width=7, num_frame_prefix_tokens=2)
 BETWEEN = TokenGrid(height=6, width=9, num_prefix_tokens=2, num_suffix_tokens=1)
 ANY = (SENTENCE, PHOTO, FRAMES, VIEWS, BETWEEN)
@@ -82,10 +95,13 @@ ANY = (SENTENCE, PHOTO, FRAMES, VIEWS, BETWEEN)
 def make_call(
     config: Method, grid: TokenGrid, *, batch: int = 2, index: int = 1, seed: int = 0
 ) -> Call:
-    """Random float64 queries and keys for a site in the middle of a run."""
+    """Random float64 tensors, head i i + 1 times as wide, for a site in the middle of a run."""
     generator = torch.Generator().manual_seed(seed)
-    shape = (batch, 2, grid.num_tokens, 8)
-    query, key = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    width = torch.arange(1.0, 3.0, dtype=torch.float64).view(2, 1, 1)
+    query, key, value = (
+        width * torch.randn(batch, 2, grid.num_tokens, dim, generator=generator, dtype=width.dtype)
+        for dim in (8, 8, 5)
+    )
     site = AttentionSite(
         path=f"blocks.{index}.attn",
         index=index,
@@ -94,14 +110,38 @@ def make_call(
         num_heads=2,
         head_dim=8,
         level=0,
-        grid_source="",
+        layout="grid",
     )
     state = RunState()
     levels = tuple(Level(index=i, scale=2**i, has_attention=True, down_pairs=()) for i in range(2))
     network = Network(family="any", sites=(site,), levels=levels)
     state.schedules.append(lambda state: config.schedule(state, network, (site,)))
     state.at_step(3, 10)
-    return Call(site, grid, state, query, key)
+    return Call(site, grid, state, query, key, value)
+
+
+def as_given(call: Call, **settings: Any) -> AttentionCall:
+    """The call as a patched site hands it to a method; `settings` are further fields of it."""
+    tensors = {"query": call.query, "key": call.key, "value": call.value}
+    made = AttentionCall(**tensors, where=call.site.path, **settings)
+    return made.in_one_dtype().with_full_mask()
+
+
+def attend(config: Method, call: Call, **settings: Any) -> tuple[Tensor, Pattern]:
+    """What a method makes of a call, and by which pattern."""
+    return config.attend(call.site, call.grid, _with_learned(config, call, settings), call.state)
+
+
+def pattern_of(config: Method, call: Call, **settings: Any) -> Pattern:
+    """By which pattern a method would take a call."""
+    return config.pattern(call.site, call.grid, _with_learned(config, call, settings), call.state)
+
+
+def _with_learned(config: Method, call: Call, settings: dict[str, Any]) -> AttentionCall:
+    learned = config.modules(call.site, Network(family="any", sites=(call.site,)))
+    if learned is not None:
+        settings = {"learned": learned.double(), **settings}
+    return as_given(call, **settings)
 
 
 def places(grid: TokenGrid) -> list[tuple[int, int, int] | None]:
@@ -241,14 +281,21 @@ def _hidiffusion(config: Method, call: Call) -> list[Mask]:
 
 def _circles(config: Method, call: Call) -> list[Mask]:
     assert isinstance(config, ClearConfig)
-    where = places(call.grid)
+    return [circle_mask(call.grid, config.radius)[None, None]]
+
+
+@functools.cache
+def circle_mask(grid: TokenGrid, radius: float, num_pooled: int = 0) -> Tensor:
+    """Which tokens are near, bool `[S, S + num_pooled]`; special tokens see no pooled key."""
+    where = places(grid)
 
     def sees(a: tuple[int, int, int] | None, b: tuple[int, int, int] | None) -> bool:
         if a is None or b is None:
             return True
-        return a[0] == b[0] and (a[1] - b[1]) ** 2 + (a[2] - b[2]) ** 2 < config.radius**2
+        return a[0] == b[0] and (a[1] - b[1]) ** 2 + (a[2] - b[2]) ** 2 < radius**2
 
-    return [torch.tensor([[sees(a, b) for b in where] for a in where])[None, None]]
+    rows = [[sees(a, b) for b in where] + [a is not None] * num_pooled for a in where]
+    return torch.tensor(rows)
 
 
 def _photo_in_tiles(side: int) -> list[int]:
@@ -273,7 +320,7 @@ TABLE: dict[str, Row] = {
     "window-size": Row(
         config=WindowConfig(window_size=(2, 3, 4)),
         dense=WindowConfig(window_size=512),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "controlnet", "flux"),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "controlnet", "flux", "sd3"),
         grids=ANY,
         seen=_windows((2, 3, 4)),
     ),
@@ -315,7 +362,7 @@ TABLE: dict[str, Row] = {
     "block-sparse-keep": Row(
         config=BlockSparseConfig(keep=0.5, block_size=(8, 4)),
         dense=BlockSparseConfig(keep=1.0),
-        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "flux-kontext"),
+        models=(*TEXT, *PICTURE, *VIDEO, *UNETS, "flux-kontext", "sd35-medium"),
         grids=ANY,
         seen=_blocks(),
         takes_causal=False,
@@ -342,7 +389,7 @@ TABLE: dict[str, Row] = {
     "clear": Row(
         config=ClearConfig(radius=3),
         dense=ClearConfig(radius=512),
-        models=("flux", "flux-kontext", "vit", "sd15"),
+        models=("flux", "flux-kontext", "sd35-medium", "vit", "sd15"),
         grids=ANY,
         seen=_circles,
         takes_causal=False,
@@ -350,7 +397,7 @@ TABLE: dict[str, Row] = {
     "t3-cycle": Row(
         config=T3Config(cycle=((3, 1, 1), (1, 2, 4), (2, 3, 2))),
         dense=T3Config(cycle=((1, 1, 1),)),
-        models=("wan-t2v", "vit"),
+        models=("wan-t2v", "wan-vace"),
         grids=(FRAMES, VIEWS, PHOTO, BETWEEN),
         seen=_boxes,
         takes_causal=False,
@@ -395,5 +442,31 @@ TABLE: dict[str, Row] = {
         takes_mask=False,
         takes_causal=False,
         is_rowwise=False,  # its halves are meant to differ
+    ),
+    "radial": Row(
+        config=RadialConfig(least_window=4),
+        dense=RadialConfig(least_window=512),
+        models=VIDEO,
+        grids=(FRAMES, MOTION),
+        seen=lambda config, call: radial_mask(config, call, places(call.grid)),
+        takes_causal=False,
+    ),
+    "svg": Row(
+        config=SvgConfig(keep=0.3, num_sampled=7),
+        dense=SvgConfig(keep=1.0),
+        models=VIDEO,
+        grids=(FRAMES, MOTION),
+        seen=lambda config, call: band_masks(config, call, places(call.grid)),
+        takes_causal=False,
+        chooses=True,
+    ),
+    "seer": Row(
+        config=SeerConfig(keep=0.4, block_size=8),
+        dense=SeerConfig(keep=1.0),
+        models=(*TEXT, *PICTURE, *VIDEO, "sd15", "flux"),
+        grids=ANY,
+        seen=lambda config, call: gated_masks(config, call, places(call.grid)),
+        takes_causal=False,
+        chooses=True,
     ),
 }

@@ -85,8 +85,8 @@ def _check_style(checkout: Path, files: list[str]) -> None:
     [
         (
             "Add a method",
-            "strided",
-            ["retrofit/methods/strided.py", "recipes/encoder_strided.yaml"],
+            "criss-cross",
+            ["retrofit/methods/criss_cross.py", "recipes/vit_criss-cross.yaml"],
             40,
         ),
         ("Add a family", "spectrogram", ["retrofit/families/spectrogram.py"], 5),

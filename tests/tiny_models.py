@@ -15,6 +15,7 @@ import torch
 from diffusers import (
     ControlNetModel,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
     WanVACETransformer3DModel,
@@ -84,18 +85,20 @@ def fill_randomly(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+BERT_CONFIG: Inputs = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 48,
+    "max_position_embeddings": 320,
+    "attn_implementation": "sdpa",
+}
+
+
 def make_bert(seed: int = 0, **changes: Any) -> BertModel:
     """BERT, two layers."""
-    settings: Inputs = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "intermediate_size": 48,
-        "max_position_embeddings": 320,
-        "attn_implementation": "sdpa",
-    }
-    return fill_randomly(BertModel(BertConfig(**{**settings, **changes})), seed)
+    return fill_randomly(BertModel(BertConfig(**{**BERT_CONFIG, **changes})), seed)
 
 
 def make_minilm(seed: int = 0, **changes: Any) -> BertModel:
@@ -106,15 +109,7 @@ def make_minilm(seed: int = 0, **changes: Any) -> BertModel:
 
 def make_roberta(seed: int = 0, **changes: Any) -> RobertaModel:
     """RoBERTa, two layers; the padding token is 1."""
-    settings: Inputs = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": 32,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "intermediate_size": 48,
-        "max_position_embeddings": 322,
-        "attn_implementation": "sdpa",
-    }
+    settings = {**BERT_CONFIG, "num_attention_heads": 2, "max_position_embeddings": 322}
     return fill_randomly(RobertaModel(RobertaConfig(**{**settings, **changes})), seed)
 
 
@@ -262,6 +257,18 @@ FLUX_CONFIG: Inputs = {
     "joint_attention_dim": TEXT_WIDTH,
     "pooled_projection_dim": TEXT_WIDTH,
     "axes_dims_rope": (2, 2, 4),
+}
+SD3_CONFIG: Inputs = {
+    "sample_size": 16,
+    "in_channels": 4,
+    "out_channels": 4,
+    "num_layers": 3,
+    "attention_head_dim": 8,
+    "num_attention_heads": 3,
+    "joint_attention_dim": TEXT_WIDTH,
+    "caption_projection_dim": 24,
+    "pooled_projection_dim": TEXT_WIDTH,
+    "pos_embed_max_size": 32,
 }
 
 
@@ -420,6 +427,25 @@ def make_kontext_inputs(batch: int = 1, odd: bool = False, seed: int = 0) -> Inp
     }
 
 
+def make_sd3(seed: int = 0, **changes: Any) -> SD3Transformer2DModel:
+    """Stable Diffusion 3: three blocks, the last of which drops the text."""
+    return fill_randomly(SD3Transformer2DModel(**{**SD3_CONFIG, **changes}), seed)
+
+
+def make_sd35_medium(seed: int = 0, **changes: Any) -> SD3Transformer2DModel:
+    """3.5 medium: normalised queries and keys; two blocks attend to the picture alone as well."""
+    return make_sd3(seed, **{"qk_norm": "rms_norm", "dual_attention_layers": (0, 1), **changes})
+
+
+def make_sd3_inputs(batch: int = 1, odd: bool = False, seed: int = 0) -> Inputs:
+    """FLUX's text with latents of 16x16 (8x8 patches), or 22x15 (11x7) when `odd`."""
+    inputs = make_flux_inputs(batch, odd, seed)
+    height, width = (22, 15) if odd else (16, 16)
+    latents = torch.randn(batch, 4, height, width, generator=torch.Generator().manual_seed(seed))
+    kept = ("encoder_hidden_states", "pooled_projections", "timestep")
+    return {"hidden_states": latents, **{name: inputs[name] for name in kept}}
+
+
 @torch.no_grad()
 def call_transformers(model: Any, inputs: Inputs) -> Tensor:
     """Hidden states `[B, S, C]`."""
@@ -469,4 +495,6 @@ FAMILY_MODELS: dict[str, FamilyModel] = {
     "wan-vace": FamilyModel("wan", make_wan_vace, make_wan_vace_inputs, call_diffusers),
     "flux": FamilyModel("flux", make_flux, make_flux_inputs, call_diffusers),
     "flux-kontext": FamilyModel("flux", make_flux_dev, make_kontext_inputs, call_diffusers),
+    "sd3": FamilyModel("sd3", make_sd3, make_sd3_inputs, call_diffusers),
+    "sd35-medium": FamilyModel("sd3", make_sd35_medium, make_sd3_inputs, call_diffusers),
 }

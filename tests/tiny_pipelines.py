@@ -18,6 +18,7 @@ from diffusers import (
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
+    StableDiffusion3Pipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UniPCMultistepScheduler,
@@ -71,7 +72,7 @@ def make_t5_tokenizer() -> T5Tokenizer:
     return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
 
 
-def make_vae(seed: int = 1) -> AutoencoderKL:
+def make_vae(seed: int = 1, **changes: Any) -> AutoencoderKL:
     """An image autoencoder with four latent channels and half the size."""
     vae = AutoencoderKL(
         block_out_channels=(4, 8),
@@ -80,6 +81,7 @@ def make_vae(seed: int = 1) -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=2,
         sample_size=32,
+        **changes,
     )
     return fill_randomly(vae, seed)
 
@@ -132,6 +134,19 @@ def make_umt5(seed: int = 2) -> UMT5EncoderModel:
         attn_implementation="sdpa",
     )
     return fill_randomly(UMT5EncoderModel(config), seed)
+
+
+def make_t5(seed: int = 3, *, width: int = TEXT_WIDTH) -> T5EncoderModel:
+    """The long text encoder of FLUX and Stable Diffusion 3."""
+    config = T5Config(
+        vocab_size=len(make_t5_tokenizer()),
+        d_model=width,
+        d_kv=6,
+        d_ff=16,
+        num_layers=1,
+        num_heads=2,
+    )
+    return fill_randomly(T5EncoderModel(config), seed)
 
 
 def make_sd_pipeline(seed: int = 0, **unet_changes: Any) -> StableDiffusionPipeline:
@@ -214,10 +229,6 @@ def make_flux_pipeline(seed: int = 0) -> FluxPipeline:
         norm_num_groups=2,
         shift_factor=0.0,
     )
-    tokenizer = make_t5_tokenizer()
-    config = T5Config(
-        vocab_size=len(tokenizer), d_model=TEXT_WIDTH, d_kv=6, d_ff=16, num_layers=1, num_heads=2
-    )
     transformer = tiny_models.make_flux_dev(
         seed, in_channels=16, pooled_projection_dim=TEXT_WIDTH, joint_attention_dim=TEXT_WIDTH
     )
@@ -227,9 +238,30 @@ def make_flux_pipeline(seed: int = 0) -> FluxPipeline:
         transformer=transformer,
         text_encoder=make_clip_text(seed + 2),
         tokenizer=make_clip_tokenizer(),
-        text_encoder_2=fill_randomly(T5EncoderModel(config), seed + 3),
-        tokenizer_2=tokenizer,
+        text_encoder_2=make_t5(seed + 3),
+        tokenizer_2=make_t5_tokenizer(),
     )
+
+
+def make_sd3_pipeline(seed: int = 0, **changes: Any) -> StableDiffusion3Pipeline:
+    """Stable Diffusion 3.5 medium: CLIP's two texts side by side, as wide as T5's behind them."""
+    settings: dict[str, Any] = {
+        "joint_attention_dim": 2 * TEXT_WIDTH,
+        "pooled_projection_dim": 2 * TEXT_WIDTH,
+    }
+    pipeline = StableDiffusion3Pipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+        vae=make_vae(seed + 1, shift_factor=0.1),
+        transformer=tiny_models.make_sd35_medium(seed, **{**settings, **changes}),
+        text_encoder=make_clip_text(seed + 2, projected=True),
+        tokenizer=make_clip_tokenizer(),
+        text_encoder_2=make_clip_text(seed + 3, projected=True),
+        tokenizer_2=make_clip_tokenizer(),
+        text_encoder_3=make_t5(seed + 4, width=2 * TEXT_WIDTH),
+        tokenizer_3=make_t5_tokenizer(),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
 
 
 def call_sd_pipeline(pipeline: Any, **changes: Any) -> torch.Tensor:

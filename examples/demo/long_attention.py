@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -11,8 +9,11 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
-from retrofit.runtime.timing import Spread
+from retrofit.layout.sites import AttentionSite
+from retrofit.methods.block_sparse import BlockSparseConfig
+from retrofit.methods.run_state import RunState
+from retrofit.patterns import AttentionCall
+from retrofit.runtime.timing import Spread, timed
 
 SHAPE = (1, 2, 16384, 64)  # [B, H, S, D]
 ROUNDS = 3
@@ -25,7 +26,7 @@ class LongCall:
     Attributes:
         keep: Fraction of the pairs that was kept.
         dense_seconds: Of PyTorch's own attention, once a round.
-        sparse_seconds: Of the whole operator, choice of blocks included, once a round.
+        sparse_seconds: Of the whole method, choice of blocks included, once a round.
     """
 
     keep: float
@@ -35,8 +36,7 @@ class LongCall:
     @property
     def speed(self) -> Spread:
         """Dense over sparse, for each round."""
-        pairs = zip(self.dense_seconds.values, self.sparse_seconds.values, strict=True)
-        return Spread(values=tuple(dense / sparse for dense, sparse in pairs))
+        return self.dense_seconds.ratio_to(self.sparse_seconds)
 
 
 def time_long_call(
@@ -45,26 +45,23 @@ def time_long_call(
     """Time both in interleaved rounds on random float32 tensors."""
     generator = torch.Generator().manual_seed(0)
     query, key, value = (torch.randn(shape, generator=generator) for _ in range(3))
-    grid = TokenGrid(width=shape[2])
-    sparse = BlockSparse(config=BlockSparseConfig(keep=keep), grid=grid)
+    call = AttentionCall(query=query, key=key, value=value)
+    method, layout = BlockSparseConfig(keep=keep), TokenGrid(width=shape[2])
+    site = AttentionSite(
+        path="attn", index=0, block=0, kind="self", num_heads=shape[1], head_dim=shape[3]
+    )
 
     def run_sparse() -> Tensor:
-        return sparse(query, key, value, attn_mask=None, is_causal=False, scale=None)
+        return method.attend(site, layout, call, RunState())[0]
 
     def run_dense() -> Tensor:
         return scaled_dot_product_attention(query, key, value)
 
     run_sparse()  # the first call may build or load native code
-    times = [(_seconds(run_dense), _seconds(run_sparse)) for _ in range(rounds)]
+    times = [(timed(run_dense)[1], timed(run_sparse)[1]) for _ in range(rounds)]
     dense, patched = zip(*times, strict=True)
     return LongCall(
-        keep=sparse.keep_fraction(query, key),
+        keep=method.pattern(site, layout, call, RunState()).keep(),
         dense_seconds=Spread(values=dense),
         sparse_seconds=Spread(values=patched),
     )
-
-
-def _seconds(call: Callable[[], Tensor]) -> float:
-    start = time.perf_counter()
-    call()
-    return time.perf_counter() - start

@@ -24,7 +24,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import retrofit
 from retrofit.evaluate.measure import describe_machine
 from retrofit.patching.recipe import Recipe, shipped_recipes
-from retrofit.runtime.timing import LONG, load_average
+from retrofit.runtime.devices import on_accelerator, pick_device
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.memory import peak_memory, restart_peak
+from retrofit.runtime.timing import LONG, timed
 
 STEPS = 50
 SMALL, MODEL = "shapes", Path(__file__).parent / "model" / "unet"
@@ -91,24 +94,13 @@ def make_inputs(
     return inputs
 
 
-def clock(device: str) -> float:
-    """Seconds: of the process on a CPU, of the wall after all work is done on a GPU."""
-    if device == "cpu":
-        return time.process_time()
-    torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 def time_call(unet: Any, inputs: dict[str, Any], device: str, rounds: int) -> dict[str, Any]:
     """Least seconds of a call, and peak memory from the weights on, in bytes."""
     restart_peak(device)
-    seconds = []
-    for _ in range(rounds):
-        started = clock(device)
-        with torch.no_grad():
-            unet(**inputs)
-        seconds.append(clock(device) - started)
-    return {"seconds": min(seconds), "peak_bytes": peak(device)}
+    clock = time.perf_counter if on_accelerator(device) else time.process_time
+    with torch.no_grad():
+        seconds = [timed(lambda: unet(**inputs), device, clock)[1] for _ in range(rounds)]
+    return {"seconds": min(seconds), "peak_bytes": peak_memory(device)}
 
 
 def count_work(unet: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -117,23 +109,6 @@ def count_work(unet: Any, inputs: dict[str, Any]) -> dict[str, Any]:
     with torch.no_grad(), torch.device("meta"), counter:
         unet(**inputs)
     return {"teraflops": counter.get_total_flops() / 1e12}
-
-
-def restart_peak(device: str) -> None:
-    """Forget the peak so far."""
-    if device == "cpu":
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    else:
-        torch.cuda.reset_peak_memory_stats()
-
-
-def peak(device: str) -> int:
-    """Peak memory since then."""
-    if device != "cpu":
-        return int(torch.cuda.max_memory_allocated())
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    line = next(line for line in status.splitlines() if line.startswith("VmHWM:"))
-    return int(line.split()[1]) * 1024
 
 
 def kinds_of_steps(patch: Any, is_large: bool) -> list[list[int]]:
@@ -197,7 +172,7 @@ def main() -> None:
     parser.add_argument("--size", default="1024x1024", help="WIDTHxHEIGHT in pixels")
     parser.add_argument("--recipe", default="unet2d_hidiffusion", help="a shipped recipe")
     parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default=pick_device(None))
     parser.add_argument("--count", action="store_true", help="count the work, run nothing")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--threads", type=int, default=1)

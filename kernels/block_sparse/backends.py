@@ -8,6 +8,7 @@ from retrofit.kernels._dispatch import OPERATORS, Probe, Support, choose_backend
 from retrofit.kernels._triton import triton_supports
 from retrofit.kernels.block_sparse.backward import attend_backward
 from retrofit.kernels.block_sparse.eager import attend_on_cpu
+from retrofit.kernels.block_sparse.flex import attend_by_flex, flex_supports
 from retrofit.kernels.block_sparse.lists import BlockLists
 from retrofit.kernels.block_sparse.native import attend_native, native_supports
 from retrofit.kernels.block_sparse.plain import Problem, attend_eagerly, new_results
@@ -15,14 +16,17 @@ from retrofit.kernels.block_sparse.triton_backward import triton_backward
 from retrofit.kernels.block_sparse.triton_route import triton_attention
 
 OPERATOR = "block_sparse_attention"
+KERNELS = {"triton": triton_attention, "native": attend_native, "flex": attend_by_flex}
 
 
 def answers(probe: Probe) -> dict[str, Support]:
     """Whether each backend can run a call, in order of preference, and the reason if not."""
+    flex, plain = {"flex": flex_supports(probe.device)}, {"torch": (True, "")}
+    by_compiler = {**plain, **flex} if probe.device == "cpu" else {**flex, **plain}
     return {
         "triton": triton_supports(probe.device, probe.dtype, probe.head_dim),
         "native": native_supports(probe.device, probe.dtype, probe.num_tokens),
-        "torch": (True, ""),
+        **by_compiler,  # a graph of its own for each size: on a CPU only where it is asked for
         "reference": (True, ""),  # in the open, before the operator is reached
     }
 
@@ -43,9 +47,8 @@ def run_backend(
     out, lse = new_results(p.query, p.value)
     if not p.query.numel() or not p.value.numel() or _is_empty(block_mask):
         return out.zero_(), lse.fill_(float("-inf"))
-    if name in ("triton", "native"):
-        attend = triton_attention if name == "triton" else attend_native
-        attend(p, block_mask, out=out, lse=lse if with_lse else None)
+    if name in KERNELS:
+        KERNELS[name](p, block_mask, out=out, lse=lse if with_lse else None)
         return out, lse if with_lse else None
     if p.query.device.type == "cpu":
         return attend_on_cpu(p, block_mask, with_lse=with_lse)

@@ -8,15 +8,25 @@ https://arxiv.org/abs/2512.13492 (contiguous and strided boxes of T3).
 from __future__ import annotations
 
 from .axes import first_key
-from .functions import branches_coincide, neighborhood_attention, window_attention
+from .functions import (
+    branches_coincide,
+    neighborhood_attention,
+    pattern_attention,
+    window_attention,
+)
+from .pattern import Pattern, neighborhood_pattern, window_pattern
 from .reference import masked_attention, neighborhood_mask, window_mask
 
 __all__ = [
+    "Pattern",
     "branches_coincide",
     "first_key",
     "masked_attention",
     "neighborhood_attention",
     "neighborhood_mask",
+    "neighborhood_pattern",
+    "pattern_attention",
     "window_attention",
     "window_mask",
+    "window_pattern",
 ]

@@ -102,18 +102,24 @@ class NeighborhoodAxis(NamedTuple):
             hides_keys or self.length % self.dilation != 0,
         )
 
+    def sees(self, query: Tensor, key: Tensor) -> Tensor:
+        """The definition: whether a coordinate of the axis sees another one."""
+        group, is_near = query % self.dilation, query % self.dilation == key % self.dilation
+        group_length = (self.length - group + self.dilation - 1) // self.dilation
+        query, key = query // self.dilation, key // self.dilation
+        first, last = first_and_last(
+            query, group_length, self.window_size, self.stride, self.is_causal
+        )
+        return is_near & (key >= first) & (key <= last)
+
     def count_pairs(self) -> int:
         """Query-key pairs on the axis."""
-        total = 0
-        for group in range(self.dilation):
-            length = (self.length - group + self.dilation - 1) // self.dilation
-            if not self.is_causal:
-                total += length * min(self.window_size, length)
-                continue
-            for query in range(length):
-                leader = min(query // self.stride * self.stride + self.stride - 1, length - 1)
-                total += query - max(leader - self.window_size + 1, 0) + 1
-        return total
+        query = torch.arange(self.length, device="cpu")
+        group_length = (self.length - query % self.dilation + self.dilation - 1) // self.dilation
+        first, last = first_and_last(
+            query // self.dilation, group_length, self.window_size, self.stride, self.is_causal
+        )
+        return int((last - first + 1).sum())
 
 
 class WindowAxis(NamedTuple):
@@ -159,15 +165,20 @@ class WindowAxis(NamedTuple):
             coordinate, slot < count, coordinate, low, high, self.is_causal, is_masked
         )
 
+    def group(self, place: Tensor, shift: Tensor | None = None) -> Tensor:
+        """Number of the window that a coordinate is in."""
+        rolled = (place - (self.shift if shift is None else shift)) % self.length
+        return rolled % self.num_windows if self.is_strided else rolled // self.window_size
+
+    def sees(self, query: Tensor, key: Tensor, shift: Tensor | None = None) -> Tensor:
+        """The definition: whether a coordinate of the axis sees another one."""
+        is_near = self.group(query, shift) == self.group(key, shift)
+        return is_near & (key <= query) if self.is_causal else is_near
+
     def count_pairs(self) -> int:
         """Query-key pairs on the axis."""
-        tiles = self.num_windows
-        if self.is_strided:
-            sizes = [-(-(self.length - i) // tiles) for i in range(tiles)]
-        else:
-            last = self.length - (tiles - 1) * self.window_size
-            sizes = [self.window_size] * (tiles - 1) + [last]
-        return sum(n * (n + 1) // 2 if self.is_causal else n * n for n in sizes)
+        sizes = self.group(torch.arange(self.length, device="cpu")).bincount()
+        return int((sizes * (sizes + 1) // 2 if self.is_causal else sizes**2).sum())
 
 
 Axis = NeighborhoodAxis | WindowAxis

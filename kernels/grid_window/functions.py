@@ -16,16 +16,13 @@ from .arguments import (
     align_dtypes,
     as_four_dims,
     as_grid,
-    check_neighborhood,
     check_tensors,
-    check_window,
     per_axis,
 )
-from .axes import NeighborhoodAxis, WindowAxis
-from .backends import NEIGHBORHOOD, WINDOW
+from .backends import operator_of
 from .ops import grid_window
-from .pattern import Pattern
-from .reference import masked_attention, neighborhood_mask, window_mask
+from .pattern import Pattern, neighborhood_pattern, window_pattern
+from .reference import masked_attention, pattern_mask
 from .tiled import tiled_attention
 
 PerAxis = int | Sequence[int]
@@ -84,22 +81,17 @@ def neighborhood_attention(
         UnsupportedError: If the backend that was asked for can't run the call.
     """
     layout = as_grid(grid, num_prefix_tokens, num_suffix_tokens)
-    axes = check_neighborhood(layout, window_size, stride, dilation, is_causal)
-    check_tensors(layout, query, key, value)
-    name = forced_backend(NEIGHBORHOOD, backend) or ""
-    q, k, v = align_dtypes(query, key, value)
-    mask = as_four_dims(attn_mask, q)
-    if name == "reference":
-        seen = neighborhood_mask(
-            layout,
-            window_size,
-            stride=stride,
-            dilation=dilation,
-            is_causal=is_causal,
-        )
-        return _result(masked_attention(q, k, v, seen, attn_mask=mask, scale=scale), return_lse)
-    t, y, x = [NeighborhoodAxis(*axis) for axis in axes]
-    return _run(q, k, v, Pattern(layout, (t, y, x)), mask, None, scale, return_lse, name)
+    pattern = neighborhood_pattern(layout, window_size, stride, dilation, is_causal)
+    return pattern_attention(
+        query,
+        key,
+        value,
+        pattern,
+        attn_mask=attn_mask,
+        scale=scale,
+        return_lse=return_lse,
+        backend=backend,
+    )
 
 
 def window_attention(
@@ -156,27 +148,18 @@ def window_attention(
         UnsupportedError: If the backend that was asked for can't run the call.
     """
     layout = as_grid(grid, num_prefix_tokens, num_suffix_tokens)
-    axes = check_window(layout, window_size, shift, is_causal)
-    check_tensors(layout, query, key, value)
-    name = forced_backend(WINDOW, backend) or ""
-    q, k, v = align_dtypes(query, key, value)
-    mask = as_four_dims(attn_mask, q)
-    if name == "reference":
-        seen = window_mask(
-            layout,
-            window_size,
-            shift=shift,
-            strided=strided,
-            is_causal=is_causal,
-        )
-        return _result(masked_attention(q, k, v, seen, attn_mask=mask, scale=scale), return_lse)
-    if isinstance(shift, Tensor):
-        offsets = shift.to(torch.int64).expand(3)
-        t, y, x = [WindowAxis(n, w, 0, strided, c) for n, w, _, c in axes]
-    else:
-        offsets = None
-        t, y, x = [WindowAxis(n, w, s, strided, c) for n, w, s, c in axes]
-    return _run(q, k, v, Pattern(layout, (t, y, x)), mask, offsets, scale, return_lse, name)
+    pattern, offsets = window_pattern(layout, window_size, shift, strided, is_causal)
+    return pattern_attention(
+        query,
+        key,
+        value,
+        pattern,
+        shift=offsets,
+        attn_mask=attn_mask,
+        scale=scale,
+        return_lse=return_lse,
+        backend=backend,
+    )
 
 
 def branches_coincide(grid: TokenGrid | Sequence[int], window_size: PerAxis) -> bool:
@@ -190,7 +173,45 @@ def branches_coincide(grid: TokenGrid | Sequence[int], window_size: PerAxis) -> 
     return all(window >= length or window == 1 for length, window in pairs)
 
 
-def _result(pair: tuple[Tensor, Tensor | None], return_lse: bool) -> Any:
+def pattern_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pattern: Pattern,
+    *,
+    shift: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Any:
+    """Attend to what a pattern of a grid shows; see `window_attention`.
+
+    Args:
+        query: `[B, H, S, D]`.
+        key: `[B, H_kv, S, D]`.
+        value: `[B, H_kv, S, D_v]`.
+        pattern: A product over the axes of a grid.
+        shift: int64 `[3]`, in place of the shifts of the pattern.
+        attn_mask: As of `window_attention`.
+        scale: As of `window_attention`.
+        return_lse: As of `window_attention`.
+        backend: As of `window_attention`.
+
+    Raises:
+        GridError: If a sequence does not have the grid's length.
+        ConfigError: If shapes or the backend's name do not fit.
+        UnsupportedError: If the backend that was asked for can't run the call.
+    """
+    check_tensors(pattern.grid, query, key, value)
+    name = forced_backend(operator_of(pattern), backend) or ""
+    q, k, v = align_dtypes(query, key, value)
+    mask = as_four_dims(attn_mask, q)
+    if name == "reference":
+        seen = pattern_mask(pattern, shift)
+        out, lse = masked_attention(q, k, v, seen, attn_mask=mask, scale=scale)
+        return (out, lse) if return_lse else out
+    pair = _run(q, k, v, pattern, mask, shift, scale, return_lse, name)
     return pair if return_lse else pair[0]
 
 
@@ -204,7 +225,7 @@ def _run(
     scale: float | None,
     return_lse: bool,
     backend: str,
-) -> Any:
+) -> tuple[Tensor, Tensor | None]:
     """Run the operator, or PyTorch operations in the open where that is asked for or needed."""
     needs_grad = torch.is_grad_enabled()
     learned = needs_grad and attn_mask is not None and attn_mask.requires_grad
@@ -214,18 +235,18 @@ def _run(
         if attn_mask is not None and attn_mask.dtype != torch.bool:
             attn_mask = attn_mask.to(q.dtype)
         gqa = q.shape[1] != k.shape[1]
-        return F.scaled_dot_product_attention(
+        out = F.scaled_dot_product_attention(
             q, k, v, attn_mask=attn_mask, scale=scale, enable_gqa=gqa
         )
+        return out, None
     factor = q.shape[-1] ** -0.5 if scale is None else scale
     if in_the_open:
         tables = pattern.tables(q.device, shift)
-        pair = tiled_attention(
+        return tiled_attention(
             q, k, v, pattern.grid, tables, attn_mask=attn_mask, scale=factor, with_lse=return_lse
         )
-        return _result(pair, return_lse)
     needs_grad = needs_grad and (q.requires_grad or k.requires_grad or v.requires_grad)
     grid, axes = pattern.encode()
     with_lse = return_lse or needs_grad
-    pair = grid_window(q, k, v, attn_mask, shift, grid, axes, factor, with_lse, backend)
-    return _result(pair, return_lse)
+    out, lse = grid_window(q, k, v, attn_mask, shift, grid, axes, factor, with_lse, backend)
+    return out, lse

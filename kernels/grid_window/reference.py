@@ -9,54 +9,24 @@ import torch
 from torch import Tensor
 
 from retrofit.kernels.block_sparse.plain import softmax_and_lse
-from retrofit.layout.grid import TokenGrid, split_positions
+from retrofit.layout.grid import TokenGrid, place_of
 
-from .arguments import as_grid, check_neighborhood, check_window
-
-
-def neighborhood_axis_mask(
-    length: int, window_size: int, stride: int, dilation: int, is_causal: bool
-) -> Tensor:
-    """Which coordinates (columns) a coordinate (rows) sees, bool `[length, length]`."""
-    i = torch.arange(length)[:, None]
-    j = torch.arange(length)[None, :]
-    query, key = i // dilation, j // dilation
-    same_group = i % dilation == j % dilation
-    last = (length - i % dilation + dilation - 1) // dilation - 1
-    if is_causal:
-        leader = torch.minimum(query // stride * stride + stride - 1, last)
-        return same_group & (key <= query) & (leader - key < window_size)
-    size = torch.clamp(last + 1, max=window_size)
-    left = size // 2
-    right = left + size % 2 - 1
-    leader = torch.minimum(query // stride * stride + stride // 2, last)
-    center = torch.maximum(torch.minimum(leader, last - right), left)
-    return same_group & (key >= center - left) & (key <= center + right)
+from .arguments import as_grid
+from .pattern import Pattern, neighborhood_pattern, window_pattern
 
 
-def window_axis_mask(
-    length: int, window_size: int, shift: int | Tensor, strided: bool, is_causal: bool
-) -> Tensor:
-    """Which coordinates (columns) a coordinate (rows) sees, bool `[length, length]`."""
-    coordinate = torch.arange(length)
-    rolled = (coordinate - shift) % length
-    group = rolled % -(-length // window_size) if strided else rolled // window_size
-    mask = group[:, None] == group[None, :]
-    return mask & (coordinate[None, :] <= coordinate[:, None]) if is_causal else mask
+def pattern_mask(pattern: Pattern, shift: Tensor | None = None) -> Tensor:
+    """Which keys (columns) each query (rows) sees, bool `[S, S]` on the CPU.
 
-
-def combine_axis_masks(grid: TokenGrid, axes: list[Tensor]) -> Tensor:
-    """Product of the three axis masks, with special tokens seen by all and seeing all."""
-    t, y, x = axes
-    n = grid.num_grid_tokens
-    inner = t[:, None, None, :, None, None] & y[None, :, None, None, :, None]
-    inner = (inner & x[None, None, :, None, None, :]).reshape(n, n)
-    if not grid.num_special_tokens:
-        return inner
-    mask = torch.ones(grid.num_tokens, grid.num_tokens, dtype=torch.bool)
-    _, tokens = split_positions(grid)
-    mask[tokens[:, None], tokens[None, :]] = inner
-    return mask
+    Args:
+        pattern: A product over the axes of its grid; special tokens see all and are seen by all.
+        shift: int64 `[3]`, in place of the shifts of the settings.
+    """
+    place = torch.arange(pattern.grid.num_tokens)
+    (of_query, is_query), (of_key, is_key) = (
+        place_of(pattern.grid, x) for x in (place[:, None], place)
+    )
+    return pattern.sees(of_query, of_key, shift) | ~is_query | ~is_key
 
 
 def neighborhood_mask(
@@ -75,8 +45,7 @@ def neighborhood_mask(
         bool `[S, S]`, rows are queries.
     """
     layout = as_grid(grid, num_prefix_tokens, num_suffix_tokens)
-    axes = check_neighborhood(layout, window_size, stride, dilation, is_causal)
-    return combine_axis_masks(layout, [neighborhood_axis_mask(*axis) for axis in axes])
+    return pattern_mask(neighborhood_pattern(layout, window_size, stride, dilation, is_causal))
 
 
 def window_mask(
@@ -95,10 +64,8 @@ def window_mask(
         bool `[S, S]`, rows are queries.
     """
     layout = as_grid(grid, num_prefix_tokens, num_suffix_tokens)
-    axes = check_window(layout, window_size, shift, is_causal)
-    return combine_axis_masks(
-        layout, [window_axis_mask(n, w, s, strided, c) for n, w, s, c in axes]
-    )
+    pattern, offsets = window_pattern(layout, window_size, shift, strided, is_causal)
+    return pattern_mask(pattern, offsets)
 
 
 def masked_attention(

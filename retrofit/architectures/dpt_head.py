@@ -11,6 +11,7 @@ from torch.nn import functional
 from retrofit.architectures.chunks import map_frames
 from retrofit.architectures.head_outputs import activate_confidence, activate_values
 from retrofit.architectures.vggt_config import DPTHeadConfig
+from retrofit.runtime.devices import widest_float
 
 
 class ResidualConvUnit(nn.Module):
@@ -177,10 +178,11 @@ def build_uv_embedding(maps: Tensor, aspect: float) -> Tensor:
     diagonal = (aspect**2 + 1) ** 0.5
     spans = (aspect / diagonal * (width - 1) / width, 1 / diagonal * (height - 1) / height)
     quarter = channels // 4
-    exponents = torch.arange(quarter, dtype=torch.float64, device=maps.device) / quarter
+    wide = widest_float(maps.device)
+    exponents = torch.arange(quarter, dtype=wide, device=maps.device) / quarter
     frequencies = (100.0**-exponents)[:, None]
     x, y = (
-        frequencies * torch.linspace(-span, span, count, device=maps.device).double()
+        frequencies * torch.linspace(-span, span, count, device=maps.device).to(wide)
         for span, count in zip(spans, (width, height), strict=True)
     )
     columns = torch.cat([x.sin(), x.cos()])[:, None, :].expand(-1, height, -1)

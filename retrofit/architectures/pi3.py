@@ -42,6 +42,7 @@ class Pi3(nn.Module):
         name_or_path: What it was loaded from, for `retrofit.save`; empty if it was not.
     """
 
+    _keep_in_fp32_modules = HEADS  # in half precision too, as transformers' networks say it
     image_mean: Tensor
     image_std: Tensor
 

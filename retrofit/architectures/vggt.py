@@ -34,6 +34,8 @@ class VGGT(nn.Module):
         name_or_path: What it was loaded from, for `retrofit.save`; empty if it was not.
     """
 
+    _keep_in_fp32_modules = HEADS  # in half precision too, as transformers' networks say it
+
     def __init__(self, config: VGGTConfig | None = None) -> None:
         """Build the parts with random weights."""
         super().__init__()

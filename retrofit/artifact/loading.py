@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from retrofit.artifact.records import site_map
+from retrofit.artifact.records import read_learned, site_map
 from retrofit.artifact.verifying import require_patched
 from retrofit.checkpoints import find_checkpoint
 from retrofit.checkpoints.manifest import MANIFEST, Manifest
 from retrofit.checkpoints.opening import load_whole
-from retrofit.patching.handlers import GuardRoot
+from retrofit.patching.guard import GuardRoot
 from retrofit.patching.networks import find_networks, is_pipeline
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
@@ -55,6 +55,7 @@ def load(
     manifest = require_patched(checkpoint)
     manifest.check_files(checkpoint.root)
     recipe = Recipe.from_dict(manifest.recipe, str(checkpoint.root / MANIFEST))
+    recipe = read_learned(manifest, recipe, checkpoint.root)
     target = load_whole(
         checkpoint,
         device=device,
@@ -99,7 +100,7 @@ def patch_of(target: Any) -> Patch:
 def _new_handle(root: GuardRoot) -> Patch:
     recipe, report = root.installed  # type: ignore[misc]
     handle = Patch(recipe)
-    handle.report, handle.state = report, root.state
+    handle.report, handle.state, handle.control = report, root.state, root.control
     return handle
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from retrofit.checkpoints import Checkpoint, find_checkpoint
+from retrofit.layout.sites import LEARNED
 from retrofit.patching.networks import is_pipeline
 from retrofit.runtime.errors import InputError, NotFoundError, UnsupportedError
 
@@ -73,7 +74,9 @@ def _compare_weights(model: Any, loaded: Any, checkpoint: Checkpoint, name: str)
 
     model = getattr(model, "_orig_mod", model)
     where = f"{checkpoint.name}{f'/{name}' if name else ''}"
-    mine, files = model.state_dict(), loaded.state_dict()
+    own_parts = f".{LEARNED}."  # of the patch, which are saved beside the files
+    mine = {name: x for name, x in model.state_dict().items() if own_parts not in f".{name}"}
+    files = loaded.state_dict()
     extra = sorted(mine.keys() ^ files.keys())
     if extra:
         raise UnsupportedError(f"{where}: {extra[0]} was added or taken away. {CHANGED}")

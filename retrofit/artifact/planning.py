@@ -15,7 +15,7 @@ from retrofit.checkpoints.places import list_files
 from retrofit.checkpoints.weights import PICKLES
 from retrofit.methods import Method
 from retrofit.patching.patch import Patch, patch
-from retrofit.patching.recipe import Recipe
+from retrofit.patching.recipe import Recipe, method_names
 from retrofit.runtime.errors import AlreadyPatchedError
 
 
@@ -77,7 +77,7 @@ def plan_patch(
         InputError: If the recipe does not fit it.
     """
     if checkpoint.manifest is not None:
-        method = checkpoint.manifest.recipe.get("method")
+        method = method_names(checkpoint.manifest.recipe)
         raise AlreadyPatchedError(
             f"{checkpoint.name}: already patched with {method}. Undo that first: "
             f"retrofit unpatch {checkpoint.name} -o NEW_FOLDER"

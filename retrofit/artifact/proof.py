@@ -1,8 +1,8 @@
 """The proof of a patch: a seeded probe that anyone can repeat in a fresh process.
 
 One step of each patched network on example inputs, dense and patched. A proof is made only where
-at least one site really dropped work and the output changed. `retrofit.artifact.verifying`
-repeats it in a process of its own.
+at least one site really dropped work and the output changed, or ran an exact method.
+`retrofit.artifact.verifying` repeats it in a process of its own.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from retrofit.families.examples import Examples, InputSize
-from retrofit.patching.handlers import AttendAtSite
 from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
+from retrofit.patching.sites import AttendAtSite
 from retrofit.runtime.devices import main_parameter
 from retrofit.runtime.errors import CheckpointError, NonFiniteError, UnsupportedError
-from retrofit.runtime.finite import find_nonfinite
+from retrofit.runtime.finite import find_nonfinite, is_finite
 
 log = logging.getLogger(__name__)
 
@@ -60,10 +60,7 @@ def make_proof(target: Any, recipe: Recipe, *, seed: int, device: str) -> dict[s
 
 
 def repeat_proof(target: Any, recipe: Recipe, proof: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the probe of a recorded proof again; returns the same kind of data.
-
-    A size that its family has not is a `CheckpointError`.
-    """
+    """Run the probe of a recorded proof again, at a size that its family has; returns the same."""
     sizes = {entry["name"]: InputSize(**entry["size"]) for entry in proof["networks"]}
     for network in find_networks(target, recipe.components):
         size = sizes.get(network.name)
@@ -110,15 +107,15 @@ def _probe(target: Any, recipe: Recipe, network: FoundNetwork, seed: int) -> dic
         found = _run_patched(target, recipe, network, size, seed)
         if found is None:
             return None
-        sites, _ = found
-        if not sites or _sparse(sites):
+        kept, _, acts = found
+        if not kept or _sparse(kept) or (recipe.is_exact and acts):
             result = _run_both(target, recipe, network, size, seed)
-            if result["relative_difference"] > UNCHANGED:
+            if result["relative_difference"] > UNCHANGED or recipe.is_exact:
                 return result
     unit = " latents" if network.family.denoises else ""
     raise UnsupportedError(
         f"{network.where('')}: "
-        + recipe.method.explain_no_change(f"up to {sizes[-1]}{unit}, the largest size of a proof")
+        + recipe.explain_no_change(f"up to {sizes[-1]}{unit}, the largest size of a proof")
         + " A patch that is for larger inputs only is written with --no-proof."
     )
 
@@ -128,7 +125,7 @@ def _run_both(
 ) -> dict[str, Any]:
     inputs = _make_inputs(network, size, seed)
     dense = _run(network, inputs)
-    if not bool(torch.isfinite(dense).all()):
+    if not is_finite(dense):
         culprit = network.where(find_nonfinite(network.module, lambda: _run(network, inputs)) or "")
         raise NonFiniteError(
             f"{culprit}: the dense model itself gives NaN in {_dtype(network)}. "
@@ -137,16 +134,16 @@ def _run_both(
     found = _run_patched(target, recipe, network, size, seed)
     if found is None:
         raise UnsupportedError(f"{network.where('')}: the recipe patches nothing in it.")
-    sites, patched = found
-    keeps = [keep for site in sites for keep in site.counts.keep]
+    kept, patched, _ = found
+    keeps = [keep for site in kept.values() for keep in site]
     return {
         "name": network.name,
         "family": network.family.name,
         "dtype": _dtype(network),
         "size": asdict(size),
         "inputs": _hash_inputs(_draw_inputs(network, size, seed)),
-        "sites": len(sites),
-        "sparse_sites": len(_sparse(sites)),
+        "sites": len(kept),
+        "sparse_sites": len(_sparse(kept)),
         "keep_measured": sum(keeps) / len(keeps) if keeps else None,
         "relative_difference": float((patched - dense).norm() / dense.norm()),
         "dense": _digest(dense),
@@ -156,18 +153,19 @@ def _run_both(
 
 def _run_patched(
     target: Any, recipe: Recipe, network: FoundNetwork, size: InputSize, seed: int
-) -> tuple[list[AttendAtSite], Tensor] | None:
-    """The handlers of a network's sites after a measured run, and its output."""
+) -> tuple[dict[str, list[float]], Tensor, bool] | None:
+    """What the calls of a network's sites kept, its output, and whether any was ours."""
     inputs = _make_inputs(network, size, seed)
     with patch(target, recipe) as handle:
         if all(patched.module is not network.module for patched, _ in handle.networks):
             return None
-        with torch.random.fork_rng(devices=[]), handle.measuring():
+        with torch.random.fork_rng(devices=[]), handle.measuring() as kept:
             torch.manual_seed(seed)
             if network.family.denoises:
-                handle.at_step(0, STEPS)
+                handle.at_step(recipe.acting_step(STEPS), STEPS)
             out = _run(network, inputs)
-        return _own_sites(handle, network), out
+        own = {site.where: kept.kept[site.where] for site in _own_sites(handle, network)}
+        return own, out, not handle.changes_nothing()
 
 
 def _own_sites(handle: Patch, network: FoundNetwork) -> list[AttendAtSite]:
@@ -176,8 +174,8 @@ def _own_sites(handle: Patch, network: FoundNetwork) -> list[AttendAtSite]:
     return [site for site in sites if site.site.kind != "cross"] or sites
 
 
-def _sparse(sites: Sequence[AttendAtSite]) -> list[AttendAtSite]:
-    return [site for site in sites if any(keep < 1 for keep in site.counts.keep)]
+def _sparse(kept: Mapping[str, Sequence[float]]) -> list[str]:
+    return [where for where, keeps in kept.items() if any(keep < 1 for keep in keeps)]
 
 
 @torch.no_grad()

@@ -10,11 +10,11 @@ from typing import Any
 
 from retrofit.artifact.copying import Advance, copy_files, folder_mode, keep_private, total_size
 from retrofit.artifact.planning import Plan, plan_patch, prove
-from retrofit.artifact.records import describe_patch
+from retrofit.artifact.records import describe_patch, write_learned
 from retrofit.artifact.verifying import require_patched
 from retrofit.artifact.writing import new_folder, refuse_full_disk, refuse_output
 from retrofit.checkpoints import find_checkpoint
-from retrofit.checkpoints.fingerprint import FileRecord
+from retrofit.checkpoints.fingerprint import LEARNED, FileRecord
 from retrofit.checkpoints.layouts import Checkpoint
 from retrofit.checkpoints.manifest import (
     MANIFEST,
@@ -63,9 +63,10 @@ def write_patched(
             source=_public_name(plan.checkpoint),
             **describe_patch(plan.handle),
             files=copy_files(plan.files, folder, link=link, advance=advance, states=plan.states),
-            configs=copy_files(
-                plan.configs, folder, link=False, advance=advance, states=plan.states
-            ),
+            configs={
+                **copy_files(plan.configs, folder, link=False, advance=advance, states=plan.states),
+                **write_learned(plan.recipe, folder),
+            },
             single_file=plan.checkpoint.file.name if plan.checkpoint.file else "",
             versions=current_versions(),
             proof=proof,
@@ -78,7 +79,7 @@ def write_patched(
 
 def refuse_target(plan: Plan, out: Path, *, force: bool) -> None:
     """Check, before anything is computed, that the output may be written."""
-    names = {*plan.files, *plan.configs}
+    names = {*plan.files, *plan.configs, LEARNED}
     source = plan.checkpoint.file or plan.checkpoint.root
     refuse_output(out, source, force=force, names=names, check_earlier=_check_patched)
 
@@ -115,7 +116,8 @@ def save(
     from retrofit.artifact.origin import check_unchanged, find_origin
     from retrofit.runtime.devices import pick_device
 
-    recipe = patch_of(target).recipe
+    handle = patch_of(target)
+    recipe = replace(handle.recipe, learned=handle.state_dict() or None)
     checkpoint = find_origin(target)
     plan = plan_patch(checkpoint, recipe)
     out = Path(out).expanduser()

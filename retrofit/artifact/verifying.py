@@ -143,6 +143,7 @@ def _repeat(
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     """What the fresh process does."""
     from retrofit.artifact.proof import repeat_proof
+    from retrofit.artifact.records import read_learned
     from retrofit.checkpoints.opening import load_networks
     from retrofit.patching.recipe import Recipe
     from retrofit.runtime.devices import pick_device
@@ -150,7 +151,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     checkpoint = find_checkpoint(request["folder"])
     manifest = require_patched(checkpoint)
     proof = manifest.proof or {"networks": []}
-    recipe = Recipe.from_dict(manifest.recipe, MANIFEST)
+    recipe = read_learned(manifest, Recipe.from_dict(manifest.recipe, MANIFEST), checkpoint.root)
     components = [""]
     if checkpoint.pipeline_class is not None:
         components = [entry["name"].split(".")[0] for entry in proof["networks"]]

@@ -12,6 +12,7 @@ from typing import Annotated
 from retrofit.runtime.reading import open_regular
 from retrofit.runtime.schema import Sha256, Within
 
+LEARNED = "retrofit.safetensors"  # learned parts of a patch, beside its record
 CHUNK = 1 << 20
 SAMPLE = 1 << 16
 SAMPLES = 16
@@ -30,6 +31,11 @@ class FileRecord:
     size: Annotated[int, Within(0, 2**60)]
     sha256: Sha256
     sample: Sha256
+
+    @classmethod
+    def of(cls, file: Path) -> FileRecord:
+        """Of a file that is there."""
+        return cls(size=file.stat().st_size, sha256=hash_file(file), sample=sample_file(file))
 
     def matches(self, file: Path, *, written_before: int) -> bool:
         """Whether a file is the one recorded.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from retrofit.checkpoints.fingerprint import FileRecord
+from retrofit.checkpoints.fingerprint import LEARNED, FileRecord
 from retrofit.checkpoints.places import is_inside, is_plain_name
 from retrofit.checkpoints.record_types import Record
 from retrofit.runtime.errors import CheckpointError, VerificationError
@@ -18,7 +18,8 @@ from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes
 from retrofit.runtime.schema import find_problems
 
 MANIFEST = "retrofit.json"
-SCHEMA = 1
+SCHEMA = 2
+SHORT_SCHEMA = 1  # of a recipe that every version reads: one rule, nothing learned
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +34,8 @@ class Manifest:
         changed: Paths of the other modules that the method changes.
         skipped: `[path, reason]` of every site left dense.
         files: Fingerprints by path of the source's own files.
-        configs: The same for configs added beside a single-file checkpoint.
+        configs: The same for what the patch added: configs beside a single-file checkpoint, learned
+            parts.
         single_file: Name of the file of such a checkpoint, else empty.
         versions: Of Python and the libraries it was written with.
         proof: See `retrofit.artifact.proof`; None when it was not asked for.
@@ -70,7 +72,7 @@ class Manifest:
                 f"{where}: written by a newer retrofit (schema {schema}, this one reads {SCHEMA}). "
                 "Upgrade: pip install --upgrade retrofit-attention"
             )
-        if schema != SCHEMA:
+        if schema not in (SHORT_SCHEMA, SCHEMA):
             raise CheckpointError(
                 f"{where}: expected `schema` {SCHEMA}, got {schema!r}. {_PATCH_AGAIN}"
             )
@@ -92,6 +94,11 @@ class Manifest:
         return cls(**{**rest, **records, "family": tuple(data["family"])})
 
     @property
+    def has_learned(self) -> bool:
+        """Whether learned parts lie beside it."""
+        return LEARNED in self.configs
+
+    @property
     def patched(self) -> list[str]:
         """Paths of the patched sites, with their network."""
         return [
@@ -101,7 +108,8 @@ class Manifest:
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, with the schema in front and a digest of the whole at the end."""
-        data: dict[str, Any] = {"schema": SCHEMA}
+        needs_rules = "rules" in self.recipe or LEARNED in self.configs
+        data: dict[str, Any] = {"schema": SCHEMA if needs_rules else SHORT_SCHEMA}
         for item in fields(self):
             value = getattr(self, item.name)
             if item.name in ("files", "configs"):

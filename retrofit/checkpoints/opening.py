@@ -15,6 +15,7 @@ from retrofit.checkpoints.libraries import (
     torch_dtype,
 )
 from retrofit.checkpoints.weights import Weights, check_file, check_folder
+from retrofit.runtime.devices import on_accelerator
 from retrofit.runtime.errors import NotFoundError, UnsupportedError, suggest
 
 if TYPE_CHECKING:
@@ -77,7 +78,7 @@ def dtype_to_run(
     Returns:
         A dtype's name; None keeps the checkpoint's own.
     """
-    if asked is not None or not device.startswith("cpu"):
+    if asked is not None or on_accelerator(device):
         return asked
     found = {weights.dtype for weights in check_weights(checkpoint, components).values()}
     return "float32" if "float16" in found else None

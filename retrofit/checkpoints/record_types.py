@@ -74,20 +74,24 @@ class OuterRecipe(TypedDict, total=False):
     description: str | None
 
 
-class SavedRule(OuterRecipe):
+class SavedRecipe(OuterRecipe):
     """The same of a recipe in a record, which has every setting."""
 
     method: str
     parameters: Mapping[str, Any]
 
 
+class SavedRule(TypedDict):
+    """One rule of a recipe of several."""
+
+    method: str
+    parameters: Mapping[str, Any]
+
+
 class SavedRules(OuterRecipe):
-    """A recipe in a record that has more than one rule."""
+    """A recipe of several rules in a record."""
 
-    rules: list[Annotated[SavedRule, OTHER_KEYS]]
-
-
-SavedRecipe = Annotated[SavedRule, OTHER_KEYS] | Annotated[SavedRules, OTHER_KEYS]
+    rules: Annotated[list[Annotated[SavedRule, OTHER_KEYS]], Within(1, 1000)]
 
 
 class Record(TypedDict):
@@ -97,7 +101,7 @@ class Record(TypedDict):
     digest: Sha256
     source: str
     family: list[str]
-    recipe: SavedRecipe
+    recipe: Annotated[SavedRecipe, OTHER_KEYS] | Annotated[SavedRules, OTHER_KEYS]
     sites: list[SiteEntry]
     changed: list[str]
     skipped: list[tuple[str, str]]

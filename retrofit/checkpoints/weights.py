@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from retrofit.checkpoints.fingerprint import LEARNED
 from retrofit.checkpoints.headers import HEADER_BYTES, TensorInfo, parse_header
 from retrofit.runtime.errors import CheckpointError
 from retrofit.runtime.reading import JSON_BYTES, open_regular, parse_json, read_bytes
@@ -78,7 +79,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
 
 def find_weights(folder: Path) -> list[Path]:
     """The safetensors files of a folder."""
-    return sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("*.safetensors"))
+    return [file for file in files if file.name != LEARNED]
 
 
 def check_folder(folder: Path, *, convert: str) -> Weights:

@@ -33,6 +33,7 @@ from retrofit.commands import (
 from retrofit.commands.console import print_json, result, say
 from retrofit.runtime.errors import RetrofitError, StoppedError
 from retrofit.runtime.interrupts import raise_if_interrupted, watched
+from retrofit.runtime.machine import wait_passively
 from retrofit.runtime.outputs import FULL
 
 BY_SIGNAL = 128  # exit codes above are 128 and the number of a signal
@@ -115,6 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line and leave the process with its exit code."""
     for library in ("TRANSFORMERS", "DIFFUSERS"):  # their advice on loading is not for our users
         os.environ.setdefault(f"{library}_VERBOSITY", "error")
+    wait_passively()
     sys.exit(run(list(sys.argv[1:] if arguments is None else arguments)))
 
 

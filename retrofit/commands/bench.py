@@ -78,6 +78,7 @@ def run(
     ] = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     plot: options.Plot = None,
     out: Annotated[
@@ -117,6 +118,7 @@ def run(
     """
     for number in tokens or []:
         options.require_positive("tokens", number)
+    options.set_threads(threads)
     options.require_positive("rounds", rounds)
     options.require_positive("frames", frames)
     options.refuse_picture("--plot", plot)

@@ -33,18 +33,16 @@ def read_choice(
         InputError: If a dtype is unknown, or a length is too short.
     """
     from retrofit.profiling.bench.operators import CPU_SIDES, GPU_SIDES, TourChoice
-    from retrofit.runtime.devices import pick_device
+    from retrofit.runtime.devices import on_accelerator, pick_device
 
-    on_gpu = (place := pick_device(device)).startswith("cuda")
-    sides: tuple[int, ...] = GPU_SIDES if on_gpu else CPU_SIDES
+    place = pick_device(device)
+    sides: tuple[int, ...] = GPU_SIDES if on_accelerator(place) else CPU_SIDES
     dtypes = _read_dtypes(dtype)
     if tokens:
         sides = tuple(math.isqrt(n) // 4 * 4 for n in tokens)
         if min(sides) < 8:
             raise InputError(f"--tokens {min(tokens)}: expected 64 or more for the operators.")
-    return TourChoice(
-        device="cuda" if on_gpu else place, dtypes=dtypes, sides=sides, rounds=rounds, seed=seed
-    )
+    return TourChoice(device=place, dtypes=dtypes, sides=sides, rounds=rounds, seed=seed)
 
 
 def _read_dtypes(name: str | None) -> tuple[torch.dtype, ...]:
@@ -74,11 +72,12 @@ def bench_operators(choice: TourChoice, plot: Path | None, *, show: bool) -> dic
 def _describe_machine(device: str) -> dict[str, Any]:
     import torch
 
-    from retrofit.runtime.timing import load_average, processor_name
+    from retrofit.runtime.devices import device_name
+    from retrofit.runtime.machine import load_average
     from retrofit.runtime.versions import library_versions
 
     return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else processor_name(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "versions": library_versions("torch", "triton", "retrofit-attention"),
         "load": load_average(),

@@ -107,6 +107,7 @@ def run(
     sheet: pictures.Sheet = None,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     plot: options.Plot = None,
     json: options.Json = False,
@@ -135,8 +136,9 @@ def run(
     [bold]In Python[/bold]
 
     from retrofit.evaluate import compare_models
-    compare_models(model, {"half": Recipe(method=WindowConfig(keep=0.5))}, inputs).variants
+    compare_models(model, {"half": Recipe.of(WindowConfig(keep=0.5))}, inputs).variants
     """
+    options.set_threads(threads)
     from retrofit.evaluate.checkpoints import compare_checkpoint
     from retrofit.evaluate.plot import plot as draw
 

@@ -40,10 +40,8 @@ def run(
     find_family(model).name
     """
     from retrofit.families import FAMILIES
-    from retrofit.runtime.errors import NotFoundError, suggest
 
-    if name is not None and name not in FAMILIES:
-        raise NotFoundError(f"family {name!r} does not exist. {suggest(name, FAMILIES)}")
+    require_known(name)
     if json:
         chosen = FAMILIES if name is None else {name: FAMILIES[name]}
         described = {key: _as_json(family) for key, family in chosen.items()}
@@ -58,7 +56,7 @@ def run(
 
 
 def _document(family: Family) -> None:
-    rows = [(key, r.method.name, r.description) for key, r in _recipes(family).items()]
+    rows = [(key, r.methods, r.description) for key, r in recipes_of(family.name).items()]
     print_lines(
         f"{family.name}: {family.summary}",
         f"public checkpoints: {', '.join(family.examples)}",
@@ -72,12 +70,26 @@ def _as_json(family: Family) -> dict[str, Any]:
         "summary": family.summary,
         "examples": list(family.examples),
         "denoises": family.denoises,
-        "recipes": list(_recipes(family)),
+        "recipes": list(recipes_of(family.name)),
     }
 
 
-def _recipes(family: Family) -> dict[str, Recipe]:
+def require_known(name: str | None) -> None:
+    """Refuse the name of a family that does not exist.
+
+    Raises:
+        NotFoundError: With the nearest name.
+    """
+    from retrofit.families import FAMILIES
+    from retrofit.runtime.errors import NotFoundError, suggest
+
+    if name is not None and name not in FAMILIES:
+        raise NotFoundError(f"family {name!r} does not exist. {suggest(name, FAMILIES)}")
+
+
+def recipes_of(family: str) -> dict[str, Recipe]:
+    """The shipped recipes of a family, by name."""
     from retrofit.patching.recipe import Recipe, shipped_recipes
 
     recipes = {key: Recipe.read(path) for key, path in shipped_recipes().items()}
-    return {key: recipe for key, recipe in recipes.items() if recipe.family == family.name}
+    return {key: recipe for key, recipe in recipes.items() if recipe.family == family}

@@ -68,6 +68,7 @@ def run(
     vae_tiling: chosen.VaeTiling = False,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     out: chosen.Out = None,
     like: chosen.Like = None,
@@ -123,7 +124,7 @@ def run(
     given |= {"ip_adapter": ip_adapter, "ip_scale": ip_scale}
     given |= {"loras": tuple(map(read_lora, lora)) if lora else None}
     given |= {"offload": offload, "vae_tiling": vae_tiling or None}
-    given |= {"device": device, "dtype": dtype, "config": config or None}
+    given |= {"device": device, "dtype": dtype, "threads": threads, "config": config or None}
     given |= {"trust_remote_code": trust_remote_code or None}
     pictures = {"image": image, "mask": mask, "control_image": control_image, "ip_image": ip_image}
     given |= {name: read_input(file, name) for name, file in pictures.items()}

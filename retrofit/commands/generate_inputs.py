@@ -164,11 +164,13 @@ def refuse_other_model(
 
 def note_replaced_patch(generator: Generator) -> None:
     """Say that `--method` or `--recipe` takes the place of what a checkpoint was saved with."""
+    from retrofit.patching.recipe import method_names
+
     manifest, recipe = generator.checkpoint.manifest, generator.request.recipe
     if manifest is not None and recipe is not None:
         say(
-            f"note: {generator.request.model} was saved with {manifest.recipe['method']}; "
-            f"{recipe['method']} replaces it, as asked here"
+            f"note: {generator.request.model} was saved with {method_names(manifest.recipe)}; "
+            f"{method_names(recipe)} replaces it, as asked here"
         )
 
 

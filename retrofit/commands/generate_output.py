@@ -23,6 +23,7 @@ LONG = 60.0  # seconds from which on a run's time is said before it
 DIFFERENCES = {
     "saved": "{} ({:.0%}) saved",
     "lost": "{} ({:.0%}) lost: at this size the patch does not pay",
+    "busy": "can't tell: the machine is busy",
     "few": "too few calls to say what the patch saves",
     "alike": "no difference beyond what two runs of the same work differ by",
 }
@@ -43,7 +44,7 @@ def say_expected_time(generator: Generator) -> None:
 
 def say_hint(generator: Generator) -> None:
     """Say what will not come out well."""
-    from retrofit.sampling.sizes import explain_size
+    from retrofit.sampling.advice import explain_size
 
     hint = explain_size(generator.request, generator.checkpoint)
     if hint is not None:
@@ -140,7 +141,7 @@ def as_json(
     return result(
         family=report.families[0] if report else None,
         **report_keys(report),
-        keep_asked=getattr(handle.recipe.method, "keep", None) if handle else None,
+        keep_asked=handle.recipe.keep if handle else None,
         pictures=[
             {
                 "file": str(file),

@@ -55,7 +55,7 @@ def run(
     sites                                                           kind  tokens  of the work
     unet.down_blocks.1.attentions.*.transformer_blocks.*.attn1  x4  self   16384         7.7%
     ...
-    methods that apply: block-sparse, clear, freeswim, hidiffusion, neighborhood, t3, window
+    methods that apply: block-sparse, clear, hidiffusion, neighborhood, window
 
     $ retrofit inspect minilm/ --tokens 512
     $ retrofit inspect wan/ --size 1920x1080 --frames 81 --json
@@ -152,11 +152,12 @@ def _common_path(paths: list[str]) -> str:
 
 def _as_json(checkpoint: Checkpoint, reports: Sequence[NetworkReport]) -> dict[str, Any]:
     from retrofit.checkpoints.read_past import tensors_read_past
+    from retrofit.patching.recipe import method_names
 
     manifest = checkpoint.manifest
     return result(
         family=reports[0].family,
-        method=None if manifest is None else manifest.recipe["method"],
+        method=None if manifest is None else method_names(manifest.recipe),
         patched=[] if manifest is None else manifest.patched,
         skipped=[
             (path, reason) for report in reports for path, reason in report.unreachable.items()

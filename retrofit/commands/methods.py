@@ -6,20 +6,32 @@ import dataclasses
 import inspect
 import re
 import typing
+from json import dumps
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from retrofit.commands import options
 from retrofit.commands.console import print_json, print_lines, print_table, result
+from retrofit.commands.families import recipes_of, require_known
 
 if TYPE_CHECKING:
     from retrofit.methods import Method
+    from retrofit.patching.recipe import Recipe
 
 
 def run(
     name: Annotated[
         str | None, typer.Argument(metavar="[NAME]", help="Document this one.", show_default=False)
+    ] = None,
+    family: Annotated[
+        str | None,
+        typer.Option(
+            "--family",
+            metavar="FAMILY",
+            help="Show what the recipes of this family set, beside the defaults.",
+            show_default=False,
+        ),
     ] = None,
     json: options.Json = False,
 ) -> None:
@@ -36,6 +48,10 @@ def run(
     ...
     keep  float | None  0.5  Fraction of the key blocks that each query block attends to ...
 
+    $ retrofit methods window --family flux
+    setting  type          default  flux_window  what it is
+    keep     float | None  null     0.25         Fraction of the query-key pairs ...
+
     [bold]In Python[/bold]
 
     from retrofit.methods import METHODS
@@ -46,39 +62,67 @@ def run(
 
     if name is not None and name not in METHODS:
         raise NotFoundError(f"method {name!r} does not exist. {suggest(name, METHODS)}")
+    require_known(family)
+    recipes = {} if family is None else recipes_of(family)
     if json:
         chosen = METHODS if name is None else {name: METHODS[name]}
-        described = {key: _as_json(config) for key, config in chosen.items()}
-        print_json(result(method=name, methods=described))
-    elif name is None:
+        described = {key: _as_json(config, recipes) for key, config in chosen.items()}
+        print_json(result(method=name, family=family, methods=described))
+    elif name is not None:
+        _document(METHODS[name], recipes)
+    elif family is not None:
+        rows = [(key, r.method.name, _changed_settings(r)) for key, r in recipes.items()]
+        print_table(("recipe", "method", "what it sets"), rows)
+        print_lines(f"`retrofit methods NAME --family {family}` shows them beside the defaults.")
+    else:
         rows = [(key, config.summary, config.paper) for key, config in METHODS.items()]
         print_table(("method", "what it does", "paper"), rows)
         print_lines("`retrofit methods NAME` documents one.")
-    else:
-        _document(METHODS[name])
 
 
-def _document(config: type[Method]) -> None:
+def _changed_settings(recipe: Recipe) -> str:
+    """Settings that are not the method's defaults, as --set takes them."""
+    method = recipe.method
+    found = [
+        f"{p['name']}={_as_typed(getattr(method, p['name']))}"
+        for p in _settings(type(method))
+        if getattr(method, p["name"]) != p["default"]
+    ]
+    return " ".join(found) or "nothing: the defaults"
+
+
+def _of_method(config: type[Method], recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    return {key: recipe for key, recipe in recipes.items() if type(recipe.method) is config}
+
+
+def _document(config: type[Method], recipes: dict[str, Recipe]) -> None:
     from retrofit.patching.recipe import shipped_recipes
 
     known = shipped_recipes()
-    recipes = [key for key in known if f"{key}_".partition("_")[2].startswith(f"{config.name}_")]
+    names = [key for key in known if f"{key}_".partition("_")[2].startswith(f"{config.name}_")]
     print_lines(
         f"{config.name}: {config.summary}",
         f"paper: {config.paper}",
         f"helps: {config.helps}",
         f"{config.lossy}",
-        f"recipes: {', '.join(recipes) or 'none, its defaults below are used'}",
+        f"recipes: {', '.join(names) or 'none, its defaults below are used'}",
     )
-    rows = [(p["name"], p["type"], _as_typed(p["default"]), p["what"]) for p in _settings(config)]
-    print_table(("setting", "type", "default", "what it is"), rows)
+    shown = _of_method(config, recipes)
+    rows = [
+        (
+            *(p["name"], p["type"], _as_typed(p["default"])),
+            *(_as_typed(getattr(recipe.method, p["name"])) for recipe in shown.values()),
+            p["what"],
+        )
+        for p in _settings(config)
+    ]
+    print_table(("setting", "type", "default", *shown, "what it is"), rows)
     print_lines(f"use: retrofit patch MODEL --method {config.name}{_example_setting(config)}")
 
 
 def _as_typed(value: Any) -> str:
-    """A default in the words that --set takes."""
-    words = {None: "null", True: "true", False: "false"}
-    return words[value] if value is None or isinstance(value, bool) else str(value)
+    """A value in the words that --set takes."""
+    return value if isinstance(value, str) else dumps(value)
 
 
 def _example_setting(config: type[Method]) -> str:
@@ -90,8 +134,10 @@ def _example_setting(config: type[Method]) -> str:
     return "".join(f" --set {name}={str(value).lower()}" for name, value in list(given.items())[:1])
 
 
-def _as_json(config: type[Method]) -> dict[str, Any]:
+def _as_json(config: type[Method], recipes: dict[str, Recipe]) -> dict[str, Any]:
+    shown = _of_method(config, recipes)
     return {
+        "recipes": {key: recipe.to_dict()["parameters"] for key, recipe in shown.items()},
         "summary": config.summary,
         "paper": config.paper,
         "helps": config.helps,

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from retrofit.runtime.errors import ConfigError, InputError
+from retrofit.runtime.machine import MAX_THREADS, use_threads
 from retrofit.runtime.outputs import refuse_file
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
 Device = Annotated[
     str | None,
     typer.Option(
-        "--device", help="cuda, cpu, ...; the GPU where there is one.", rich_help_panel=WHERE
+        "--device", help="cuda, mps, xpu, cpu; the GPU where there is one.", rich_help_panel=WHERE
     ),
 ]
 Dtype = Annotated[
@@ -47,6 +48,14 @@ Dtype = Annotated[
     typer.Option(
         "--dtype",
         help="float32, bfloat16 or float16; the checkpoint's own by default.",
+        rich_help_panel=WHERE,
+    ),
+]
+Threads = Annotated[
+    int | None,
+    typer.Option(
+        "--threads",
+        help="Of the CPU. One is steadiest while other programs run.",
         rich_help_panel=WHERE,
     ),
 ]
@@ -175,9 +184,9 @@ def read_recipe(method: str | None, recipe: str | None) -> Recipe | str:
     if recipe is not None:
         shipped = shipped_recipes()
         found = Recipe.read(shipped.get(recipe, Path(recipe).expanduser()))
-        if method not in (None, found.method.name):
+        if method not in (None, found.methods):
             raise InputError(
-                f"--recipe {recipe}: is for {found.method.name}, --method says {method}. "
+                f"--recipe {recipe}: is for {found.methods}, --method says {method}. "
                 "Give one of them."
             )
         return replace(found, name=f"--recipe {recipe}")
@@ -224,3 +233,16 @@ def require_positive(name: str, value: int | None) -> None:
     """
     if value is not None and value < 1:
         raise InputError(f"--{name} {value}: expected 1 or more.")
+
+
+def set_threads(threads: int | None) -> None:
+    """Compute in as many threads as `--threads` says; None leaves it to PyTorch.
+
+    Raises:
+        InputError: If it is no number of threads.
+    """
+    if threads is None:
+        return
+    if not 1 <= threads <= MAX_THREADS:
+        raise InputError(f"--threads {threads}: expected 1 to {MAX_THREADS}.")
+    use_threads(threads)

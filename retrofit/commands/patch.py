@@ -74,6 +74,7 @@ def run(
     ] = 0,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -105,6 +106,7 @@ def run(
     """
     if out is None and not dry_run:
         raise InputError("expected -o FOLDER, or --dry-run. Say where to write.")
+    options.set_threads(threads)
     from retrofit.artifact.planning import plan_patch, prove
     from retrofit.artifact.saving import refuse_target, write_patched
     from retrofit.checkpoints import find_checkpoint
@@ -146,7 +148,7 @@ def run(
 
 def keep_asked(plan: Plan) -> float | None:
     """The `keep` of the recipe, for methods that have one."""
-    return getattr(plan.recipe.method, "keep", None)
+    return plan.recipe.keep
 
 
 def keep_measured(proof: dict[str, Any] | None) -> float | None:
@@ -166,6 +168,7 @@ def summarize_proof(proof: dict[str, Any]) -> dict[str, Any]:
 
 
 def _as_json(plan: Plan, proof: dict[str, Any] | None, out: Path | None) -> dict[str, Any]:
+
     report = plan.handle.report
     return result(
         family=report.families[0],
@@ -184,12 +187,15 @@ def _as_json(plan: Plan, proof: dict[str, Any] | None, out: Path | None) -> dict
 def _describe(
     plan: Plan, proof: dict[str, Any] | None, out: Path | None, seconds: float
 ) -> list[str]:
+    from retrofit.patching.settings import as_plain_data
+
     report = plan.handle.report
-    settings = plan.recipe.to_dict()["parameters"].items()
-    lines = [
-        f"{', '.join(report.families)}: {report}",
-        "settings: " + ", ".join(f"{name} {value}" for name, value in settings),
-    ]
+    lines = [f"{', '.join(report.families)}: {report}"]
+    for rule in plan.recipe.rules:
+        settings = as_plain_data(rule.method).items()
+        told = ", ".join(f"{name} {value}" for name, value in settings)
+        of_rule = "" if len(plan.recipe.rules) == 1 else f" of {rule.method.name}"
+        lines.append(f"settings{of_rule}: {told}")
     reasons: dict[str, int] = {}
     for skip in report.skipped:
         reasons[skip.reason] = reasons.get(skip.reason, 0) + 1
@@ -229,7 +235,7 @@ def _idle_at_training_size(plan: Plan, proof: dict[str, Any] | None) -> list[str
         if native in tried and tried.index(sizes[network.name]) > tried.index(native):
             unit = " latents" if network.family.denoises else ""
             where = f"{native}{unit}, the training size"
-            lines.append(plan.recipe.method.explain_no_change(where))
+            lines.append(plan.recipe.explain_no_change(where))
     return lines
 
 

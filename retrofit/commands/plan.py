@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +23,6 @@ if TYPE_CHECKING:
     from retrofit.profiling.cost.plan import Plan
 
 SIZE = "What it would run on"
-BUSY = 0.75  # load average for each core from which other programs make times longer
 KIND_NAMES = {
     "attention": "dense attention",
     "sparse": "sparse attention",
@@ -67,6 +65,7 @@ def run(
     ] = 20,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -92,6 +91,7 @@ def run(
     from retrofit.profiling.cost.plan import Request, plan_checkpoint
     plan_checkpoint(find_checkpoint("sd15/"), Request(what="window", ...)).networks[0].speed
     """
+    options.set_threads(threads)
     what = options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
     width, height = options.read_size(size)
@@ -148,11 +148,11 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
         ("  in a call", *(format_bytes(cost.call_bytes) for cost in columns)),
         ("work", *(f"{cost.flops / 1e12:.3g} TFLOP" for cost in columns)),
     ]
-    print_table(("", "dense", plan.recipe.method.name), rows)
+    print_table(("", "dense", plan.recipe.methods), rows)
     for tokens, speed in sorted({**network.elsewhere, network.tokens: network.speed}.items()):
         here = "  (the size asked for)" if tokens == network.tokens else ""
         print_lines(f"at {tokens:>8} tokens: {speed:5.2f}x{here}")
-    print_lines("", verdict(network, plan.recipe.method))
+    print_lines("", verdict(network, plan.recipe.method, is_busy=plan.rates.is_busy))
     if words := kept_words(network):
         print_lines(words)
     if behind := FAMILIES[network.family].behind:
@@ -160,16 +160,8 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
     print_lines(
         "memory is the weights and what a call makes resident beside them and its input; the "
         "libraries of a process come on top. "
-        f"Measured for {plan.rates.seconds:.0f} s; load {machine['load']}{_busy(machine)}."
+        f"Measured for {plan.rates.seconds:.0f} s; load {machine['load']}."
     )
-
-
-def _busy(machine: Mapping[str, Any]) -> str:
-    """What a high load means for the numbers, where it is high."""
-    load, cores = machine["load"], machine["cores"]
-    if load is None or load < BUSY * (cores or 1):
-        return ""
-    return ": the machine was busy, so these times are too long. Try again when it is idle"
 
 
 def _size(network: NetworkPlan) -> str:
@@ -189,11 +181,11 @@ def _seconds(value: float) -> str:
 def _machine(plan: Plan) -> dict[str, Any]:
     import torch
 
-    from retrofit.runtime.timing import load_average, processor_name
+    from retrofit.runtime.devices import device_name
+    from retrofit.runtime.machine import load_average
 
-    on_gpu = plan.device.startswith("cuda")
     return {
-        "device": torch.cuda.get_device_name() if on_gpu else processor_name(),
+        "device": device_name(plan.device),
         "threads": torch.get_num_threads(),
         "load": load_average(),
         "cores": os.cpu_count(),
@@ -203,14 +195,15 @@ def _machine(plan: Plan) -> dict[str, Any]:
 def _as_json(plan: Plan) -> dict[str, Any]:
     return result(
         family=plan.networks[0].family,
-        method=plan.recipe.method.name,
+        method=plan.recipe.methods,
         patched=plan.report.patched,
         skipped=[(skip.path, skip.reason) for skip in plan.report.skipped],
-        keep_asked=getattr(plan.recipe.method, "keep", None),
+        keep_asked=plan.recipe.keep,
         keep_measured=plan.keep_measured,
         machine={**_machine(plan), "dtype": plan.dtype},
         steps=plan.steps,
         measured_seconds=plan.rates.seconds,
+        busy=plan.rates.is_busy,
         networks=[_network_json(plan, network) for network in plan.networks],
     )
 
@@ -234,7 +227,7 @@ def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
         "keep": network.kept and network.kept.needed,
         "keep_computed": network.kept and network.kept.computed,
         "changes_nothing": network.is_idle,
-        "verdict": verdict(network, plan.recipe.method),
+        "verdict": verdict(network, plan.recipe.method, is_busy=plan.rates.is_busy),
         "not_counted": FAMILIES[network.family].behind or None,
     }
 

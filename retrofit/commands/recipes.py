@@ -48,7 +48,7 @@ def run(
         print_lines("no recipes are shipped; methods use their defaults")
     else:
         rows = [
-            (key, recipe.family or "any", recipe.method.name, recipe.description)
+            (key, recipe.family or "any", recipe.methods, recipe.description)
             for key, recipe in recipes.items()
         ]
         print_table(("recipe", "family", "method", "what it is good for"), rows)

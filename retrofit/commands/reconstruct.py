@@ -89,6 +89,7 @@ def run(
     ] = 8,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     out: Annotated[
         Path | None,
         typer.Option(
@@ -143,6 +144,7 @@ def run(
         raise InputError(f"--fit {fit}: unknown. {suggest(fit, FITS)}")
     if not 0 <= drop < 1:
         raise InputError(f"--drop {drop}: expected 0 or more and less than 1.")
+    options.set_threads(threads)
     what = None if method is None and recipe is None else options.read_recipe(method, recipe)
     parameters = options.read_settings(settings)
     if what is None and (parameters or sites):
@@ -222,7 +224,7 @@ def _as_json(made: Result, out: Path, written: dict[str, Any]) -> dict[str, Any]
     return result(
         family=made.network.lower(),
         **report_keys(report),
-        keep_asked=None if handle is None else getattr(handle.recipe.method, "keep", None),
+        keep_asked=None if handle is None else handle.recipe.keep,
         keep_measured=None if handle is None else handle.keep_measured(),
         out=str(out),
         views=len(made.scene.fits),

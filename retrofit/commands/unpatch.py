@@ -30,16 +30,18 @@ def run(
     from retrofit.artifact.saving import unpatch
     from retrofit.artifact.verifying import require_patched
     from retrofit.checkpoints import find_checkpoint
+    from retrofit.patching.recipe import method_names
 
     manifest = require_patched(find_checkpoint(patched))
     size = sum(record.size for record in manifest.files.values())
     with progress("linking" if link else "copying", size) as advance:
         unpatch(patched, out, link=link, force=force, advance=advance)
+
     if json:
         print_json(
             result(
                 family=manifest.family[0] if manifest.family else None,
-                method=manifest.recipe["method"],
+                method=method_names(manifest.recipe),
                 out=str(out),
                 files=len(manifest.files),
                 bytes=size,

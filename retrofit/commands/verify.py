@@ -10,6 +10,7 @@ def run(
     out: options.Patched,
     device: options.Device = None,
     dtype: options.Dtype = None,
+    threads: options.Threads = None,
     trust_remote_code: options.TrustRemoteCode = False,
     json: options.Json = False,
 ) -> None:
@@ -34,9 +35,11 @@ def run(
     from retrofit.artifact.verifying import verify_checkpoint
     verify_checkpoint("minilm-sparse/").proof
     """
+    options.set_threads(threads)
     from retrofit.artifact.verifying import require_patched, verify_checkpoint
     from retrofit.checkpoints import find_checkpoint
     from retrofit.commands.patch import keep_measured, summarize_proof
+    from retrofit.patching.recipe import Recipe, method_names
 
     manifest = require_patched(find_checkpoint(out))
     records = [*manifest.files.values(), *manifest.configs.values()]
@@ -46,14 +49,15 @@ def run(
         found = verify_checkpoint(
             out, device=device, dtype=dtype, trust_remote_code=trust_remote_code, advance=advance
         )
+
     if json:
         print_json(
             result(
                 family=manifest.family[0] if manifest.family else None,
-                method=manifest.recipe["method"],
+                method=method_names(manifest.recipe),
                 patched=manifest.patched,
                 skipped=[(path, reason) for path, reason in manifest.skipped],
-                keep_asked=manifest.recipe["parameters"].get("keep"),
+                keep_asked=Recipe.from_dict(manifest.recipe).keep,
                 keep_measured=keep_measured(found.repeated),
                 verified=True,
                 files=found.num_files,

@@ -27,10 +27,11 @@ from retrofit.patching.networks import FoundNetwork
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
 from retrofit.runtime.errors import InputError, NonFiniteError
-from retrofit.runtime.timing import Spread, load_average
+from retrofit.runtime.finite import is_finite
+from retrofit.runtime.machine import load_average
+from retrofit.runtime.timing import NOISE, Spread, turned
 
 MEASURED_INPUTS = 8  # inputs on which the kept fraction is measured, before anything is timed
-NOISE = 0.25  # dense times of one input that differ by more than this make a run noisy
 
 Progress = Callable[[str, int, int], None]
 
@@ -106,7 +107,7 @@ class _Run:
         self.seed = seed
         self.progress = progress
         self.network = network
-        self.metrics = metrics_for(self.network.family.name, len(inputs))
+        self.metrics = metrics_for(self.network.family.output, len(inputs))
         self.handles: dict[str, Patch] = {}
         self.calls: dict[str, dict[str, int]] = {DENSE: {}}
         self.seconds: dict[str, list[float]] = defaultdict(list)
@@ -147,18 +148,13 @@ class _Run:
         is_first = self.turn == 0
         for i, item in enumerate(self.inputs):
             outputs: dict[str, Tensor] = {}
-            for name in self._order():
+            for name in turned(self.recipes, self.turn):
                 outputs[name], seconds = self._time(name, item)
                 self.seconds[name].append(seconds)
             if is_first:
                 self._compare(item, outputs)
             self.progress("comparing", i + 1, len(self.inputs))
             self.turn += 1
-
-    def _order(self) -> list[str]:
-        names = list(self.recipes)
-        first = self.turn % len(names)
-        return names[first:] + names[:first]
 
     def _time(self, name: str, item: ModelInput) -> tuple[Tensor, float]:
         recipe = self.recipes[name]
@@ -203,12 +199,11 @@ class _Run:
         return bool(self.views) and metric in self.views[DENSE].metrics
 
     def _row(self, name: str, recipe: Recipe | None) -> Row:
-        seconds = self.seconds[name]
-        speed = [d / s for d, s in zip(self.seconds[DENSE], seconds, strict=True)]
+        seconds = Spread(values=tuple(self.seconds[name]))
         row = Row(
             name=name,
-            seconds=Spread(values=tuple(seconds)),
-            speed=Spread(values=tuple(speed)),
+            seconds=seconds,
+            speed=Spread(values=tuple(self.seconds[DENSE])).ratio_to(seconds),
             truth=self.views[name].metrics if self.views else {},
         )
         if recipe is None:
@@ -218,7 +213,7 @@ class _Run:
             row,
             recipe=handle.recipe,
             report=handle.report,
-            keep_asked=getattr(handle.recipe.method, "keep", None),
+            keep_asked=handle.recipe.keep,
             keep_measured=handle.keep_measured(),
             keep_by_site=self.kept[name],
             truth_change=self.views[name].change(self.views[DENSE]) if self.views else {},
@@ -244,7 +239,7 @@ class _Run:
 
 
 def _check_finite(output: Tensor, variant: str, item: ModelInput) -> None:
-    if not bool(torch.isfinite(output).all()):
+    if not is_finite(output):
         raise NonFiniteError(
             f"{item.name}: NaN or infinity in the {variant} output. Try another --dtype."
         )

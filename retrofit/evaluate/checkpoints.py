@@ -12,9 +12,9 @@ from retrofit.checkpoints import Checkpoint, find_checkpoint
 from retrofit.checkpoints.opening import build_networks, dtype_to_run, load_networks
 from retrofit.evaluate import Progress, compare_models
 from retrofit.evaluate.inputs import InputChoice, make_inputs, scene_inputs, scene_size
-from retrofit.evaluate.measure import ModelInput
 from retrofit.evaluate.peak_memory import with_peak_memory
 from retrofit.evaluate.result import Comparison
+from retrofit.patching.networks import FoundNetwork
 from retrofit.patching.patch import patch
 from retrofit.patching.recipe import Recipe
 from retrofit.profiling.inspection import NetworkReport, inspect_checkpoint
@@ -87,11 +87,12 @@ def compare_checkpoint(
         InputError: If a variant does not fit, before any weight is read.
     """
     checkpoint = find_checkpoint(model, config=where.config)
-    recipes, components = _resolve(checkpoint, _all_variants(checkpoint, variants), where)
+    recipes, networks = _resolve(checkpoint, _all_variants(checkpoint, variants), where)
+    components = tuple(dict.fromkeys(network.component for network in networks))
     named = () if components == ("",) else components
     dtype = dtype_to_run(checkpoint, where.device, where.dtype, components)
     where = replace(where, dtype=dtype)
-    scenes = _read_scenes(checkpoint, choice)
+    scenes = scene_inputs(checkpoint, choice) if choice.files and _see_scenes(networks) else []
     if scenes:
         choice = replace(choice, asked=scene_size(scenes))
         where = replace(where, dtype=running_dtype(checkpoint, where.device, where.dtype))
@@ -112,10 +113,10 @@ def compare_checkpoint(
     return with_peak_memory(found, open_target, _largest(inputs), **shared) if memory else found
 
 
-def _read_scenes(checkpoint: Checkpoint, choice: InputChoice) -> list[ModelInput]:
-    """The scenes that --inputs names, where the checkpoint is one of those that see scenes."""
-    library, _ = checkpoint.classes.get("", ("", ""))
-    return scene_inputs(checkpoint, choice) if library == "retrofit" and choice.files else []
+def _see_scenes(networks: Sequence[FoundNetwork]) -> bool:
+    """Whether views of a scene are what the networks take."""
+    examples = [network.family.inputs for network in networks]
+    return any(example is not None and example.files == "scenes" for example in examples)
 
 
 def _attention_share(reports: Sequence[NetworkReport]) -> float:
@@ -140,15 +141,15 @@ def _saved(checkpoint: Checkpoint) -> list[Variant]:
         return []
     checkpoint.manifest.check_files(checkpoint.root)
     recipe = Recipe.from_dict(checkpoint.manifest.recipe, checkpoint.name)
-    return [Variant(name=f"as saved: {recipe.method.name}", what=recipe)]
+    return [Variant(name=f"as saved: {recipe.methods}", what=recipe)]
 
 
 def _resolve(
     checkpoint: Checkpoint, variants: Sequence[Variant], where: Where
-) -> tuple[dict[str, Recipe], tuple[str, ...]]:
-    """Every variant's recipe, tried on networks without weights; and the components to load."""
+) -> tuple[dict[str, Recipe], list[FoundNetwork]]:
+    """Every variant's recipe, and the networks without weights that any of them changes."""
     recipes: dict[str, Recipe] = {}
-    components: dict[str, None] = {}
+    changed: list[FoundNetwork] = []
     for variant in variants:
         if variant.name in recipes:
             raise InputError(f"compare: {variant.name!r} is asked for twice. Leave one out.")
@@ -158,8 +159,8 @@ def _resolve(
             networks, variant.what, sites=variant.sites, components=named, **variant.parameters
         )
         recipes[variant.name] = handle.recipe
-        components |= dict.fromkeys(network.component for network, _ in handle.networks)
-    return recipes, tuple(components)
+        changed += [network for network, _ in handle.networks]
+    return recipes, changed
 
 
 def _open(model: str, components: tuple[str, ...], where: Where) -> Any:

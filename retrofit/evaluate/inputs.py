@@ -34,7 +34,6 @@ DEFAULT_COUNT = {"texts": 8, "pictures": 4, "drawn": 2}
 LONG_ENOUGH = 0.8  # of the tokens that a document is cut at
 PASSAGE = 6  # characters a token, so that a passage has enough of them
 STEPS = 4  # of the schedule that a denoising network runs through
-FIRST_TIMESTEP = 999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,15 +135,15 @@ def _network_inputs(
         )
     size = choice.sizes.get(network.name) or examples.native(network.module)
     drawn = examples.make(network.module, size, torch.Generator().manual_seed(choice.seed))
-    if "input_ids" in drawn and (choice.files or _has_tokenizer(folder)):
+    if examples.files == "texts" and (choice.files or _has_tokenizer(folder)):
         return _texts(network, choice, folder, size)
-    if "pixel_values" in drawn:
+    if examples.files == "pictures":
         return _pictures(network, choice, folder, drawn)
     if choice.files:
         raise UnsupportedError(
             f"{network.where('')}: takes no --inputs, they are drawn from the seed. Leave it out."
         )
-    if "input_ids" in drawn:
+    if examples.files == "texts":
         logger.warning("no tokenizer beside the model: random tokens say little about quality")
     return _drawn(network, choice, size)
 
@@ -249,16 +248,18 @@ def _drawn(network: FoundNetwork, choice: InputChoice, size: InputSize) -> list[
         arguments = examples.make(network.module, size, generator)
         name = f"{size}, seed {choice.seed + i}"
         if network.family.denoises:
-            calls = tuple(_at_step(arguments, step) for step in range(STEPS))
+            first = examples.first_timestep
+            calls = tuple(_at_step(arguments, first, step) for step in range(STEPS))
             inputs.append(ModelInput(name=name, calls=calls, network=network.name))
         else:
             inputs.append(_one_call(network, name, arguments))
     return inputs
 
 
-def _at_step(arguments: dict[str, Any], step: int) -> ModelCall:
+def _at_step(arguments: dict[str, Any], first: float, step: int) -> ModelCall:
     timestep = arguments["timestep"]
-    value = round(FIRST_TIMESTEP * (1 - step / STEPS))
+    value = first * (1 - step / STEPS)
+    value = value if timestep.is_floating_point() else round(value)
     arguments = {**arguments, "timestep": torch.full_like(timestep, value)}
     return ModelCall(arguments=arguments, step=(step, STEPS))
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import platform
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,8 +15,8 @@ from retrofit.evaluate.metrics import output_tensor
 from retrofit.evaluate.truth import TrueScene
 from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.patching.patch import Patch
-from retrofit.runtime.devices import main_parameter
-from retrofit.runtime.timing import processor_name
+from retrofit.runtime.devices import device_name, main_parameter
+from retrofit.runtime.timing import timed
 from retrofit.runtime.versions import current_versions
 
 
@@ -95,18 +94,8 @@ def time_input(
     module: torch.nn.Module, item: ModelInput, handle: Patch | None
 ) -> tuple[Tensor, float]:
     """The output for an input, and the seconds it took."""
-    _finish(module)
-    start = time.perf_counter()
-    output = run_input(module, item, handle)
-    _finish(module)
-    return output, time.perf_counter() - start
-
-
-def _finish(module: torch.nn.Module) -> None:
-    """Wait for the device."""
-    device = next(module.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    device = main_parameter(module).device
+    return timed(lambda: run_input(module, item, handle), device)
 
 
 def _to(value: Any, place: Tensor) -> Any:
@@ -121,9 +110,8 @@ def _to(value: Any, place: Tensor) -> Any:
 def describe_machine(module: torch.nn.Module) -> dict[str, Any]:
     """Device, dtype, versions, threads: what every report of a time must say."""
     place = main_parameter(module)
-    is_cuda = place.device.type == "cuda"
     return {
-        "device": torch.cuda.get_device_name(place.device) if is_cuda else processor_name(),
+        "device": device_name(place.device),
         "dtype": str(place.dtype).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),

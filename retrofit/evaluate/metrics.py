@@ -1,4 +1,4 @@
-"""What a comparison measures on outputs, for each family: a small list that others add to."""
+"""What a comparison measures on outputs, by what they are: small lists that others add to."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from retrofit.runtime.devices import to_float64
 
 Better = Literal["lower", "higher"]
 
@@ -73,20 +75,19 @@ def output_tensor(output: Any) -> Tensor:
 
 def relative_error(dense: Tensor, patched: Tensor) -> float:
     """`||patched - dense|| / ||dense||` over all elements, in float64."""
-    dense, patched = dense.double(), patched.double()
+    dense, patched = to_float64(dense), to_float64(patched)
     return float((patched - dense).norm() / dense.norm())
 
 
 def cosine(dense: Tensor, patched: Tensor) -> float:
     """Cosine between the two outputs, each taken as one long vector, in float64."""
-    return float(
-        functional.cosine_similarity(dense.double().flatten(), patched.double().flatten(), dim=0)
-    )
+    dense, patched = to_float64(dense).flatten(), to_float64(patched).flatten()
+    return float(functional.cosine_similarity(dense, patched, dim=0))
 
 
 def mean_embedding(output: Tensor) -> Tensor:
     """Mean over the tokens of `[1, S, D]`, of length 1: `[D]`, as sentence encoders pool."""
-    return functional.normalize(output.double().mean(dim=1)[0], dim=0)
+    return functional.normalize(to_float64(output).mean(dim=1)[0], dim=0)
 
 
 def embedding_cosine(dense: Tensor, patched: Tensor) -> float:
@@ -156,12 +157,12 @@ EMBEDDINGS: tuple[Metric, ...] = (
     _neighbours(1),
     _neighbours(5),
 )
-BY_FAMILY: dict[str, tuple[Metric, ...]] = {"encoder": EMBEDDINGS, "vit": EMBEDDINGS}
+BY_OUTPUT: dict[str, tuple[Metric, ...]] = {"prediction": (), "embeddings": EMBEDDINGS}
 
 
-def metrics_for(family: str, num_inputs: int) -> tuple[Metric, ...]:
-    """The metrics of a family that can be measured on so many inputs."""
-    metrics = (*COMMON, *BY_FAMILY.get(family, ()))
+def metrics_for(output: str, num_inputs: int) -> tuple[Metric, ...]:
+    """The metrics of a `Family.output` that can be measured on so many inputs."""
+    metrics = (*COMMON, *BY_OUTPUT[output])
     return tuple(
         metric
         for metric in metrics

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import json
-import logging
 import os
 import pickle
 import sys
@@ -23,9 +22,7 @@ from retrofit.patching.patch import patch
 from retrofit.patching.recipe import Recipe
 from retrofit.runtime.child_process import run_child
 from retrofit.runtime.errors import RetrofitError
-
-logger = logging.getLogger(__name__)
-KIB = 1024
+from retrofit.runtime.memory import empty_cache, peak_memory, restart_peak
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +45,7 @@ class MemoryJob:
 def measure_peak_memory(job: MemoryJob) -> int:
     """Peak memory, in bytes, of a fresh process that opens a model and runs it.
 
-    On a GPU this is `torch.cuda.max_memory_allocated`. Elsewhere it is the largest resident size
+    On an accelerator it is what its allocator gave out. Elsewhere it is the largest resident size
     from the moment the model is open; where the system can't restart that mark, of the process's
     whole life.
 
@@ -74,39 +71,12 @@ def _run_job(job: MemoryJob) -> int:
     target = job.open_target()
     runs = [(find_module(target, item, job.components), item) for item in job.inputs]
     handle = None if job.recipe is None else patch(target, Recipe.from_dict(job.recipe))
-    is_cuda = next(runs[0][0].parameters()).device.type == "cuda"
-    if is_cuda:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        _restart_high_water_mark()
+    device = next(runs[0][0].parameters()).device
+    restart_peak(device)
     with torch.no_grad():
         for module, item in (*runs, *runs):
             run_input(module, item, handle)
-    return torch.cuda.max_memory_allocated() if is_cuda else _high_water_mark()
-
-
-def _restart_high_water_mark() -> None:
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-    except OSError as error:
-        logger.info("peak memory counts the opening of the model too (%s)", error)
-
-
-def _high_water_mark() -> int:
-    """Largest resident size in bytes."""
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * KIB
-    if sys.platform == "win32":
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else KIB
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_memory(device)
 
 
 def with_peak_memory(
@@ -127,7 +97,7 @@ def with_peak_memory(
         progress: Called as `progress(what, done, total)`.
     """
     gc.collect()  # models hold cycles; what this process has freed is there for its children
-    torch.cuda.empty_cache()
+    empty_cache()
     rows = []
     for i, row in enumerate(comparison.rows):
         if progress is not None:

@@ -11,7 +11,7 @@ import numpy as np
 from retrofit.evaluate.judging import Judge
 from retrofit.patching.patch import patch
 from retrofit.patching.recipe import Recipe
-from retrofit.runtime.timing import Spread
+from retrofit.runtime.timing import Spread, turned
 from retrofit.sampling import Generator, Request
 from retrofit.sampling.pipelines import Opened, without_patch
 from retrofit.sampling.running import Picture, Progress, run_batch
@@ -131,8 +131,7 @@ def _draw(
         _draw_one(opened, short, plan[name], f"warming up {name}", progress)
     count = len(request.prompts)
     for index in range(count):
-        turned = names[index % len(names) :] + names[: index % len(names)]
-        for name in turned:
+        for name in turned(names, index):
             what = f"picture {index + 1} of {count}, {name}"
             picture = _draw_one(opened, request.only([index]), plan[name], what, progress)
             made[name].append(replace(picture, place=index))
@@ -153,8 +152,8 @@ def _draw_one(
 def _speed(dense: Sequence[Picture], patched: Sequence[Picture]) -> Spread | None:
     if dense[0].image.size != patched[0].image.size:
         return None
-    pairs = zip(dense, patched, strict=True)
-    return Spread(values=tuple(slow.seconds / fast.seconds for slow, fast in pairs))
+    slow, fast = (Spread(values=tuple(p.seconds for p in made)) for made in (dense, patched))
+    return slow.ratio_to(fast)
 
 
 def _judge(judge: Judge, pictures: Sequence[Picture]) -> dict[str, Spread]:

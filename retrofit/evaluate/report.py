@@ -47,7 +47,7 @@ def _row_to_dict(row: Row) -> dict[str, Any]:
         return data
     return {
         **data,
-        "method": row.recipe.method.name,
+        "method": row.recipe.methods,
         "recipe": row.recipe.to_dict(),
         "patched": list(row.report.patched),
         "skipped": [{"site": s.path, "reason": s.reason} for s in row.report.skipped],
@@ -110,7 +110,7 @@ def _idle_words(comparison: Comparison) -> list[str]:
     tokens = comparison.tokens
     where = "this size" if tokens is None else f"{tokens} tokens"
     return [
-        row.recipe.method.explain_no_change(where, row.name)
+        row.recipe.explain_no_change(where, row.name)
         for row in comparison.variants
         if row.changes_nothing and row.recipe is not None
     ]

@@ -23,6 +23,7 @@ from retrofit.evaluate.truth import TrueScene
 from retrofit.reconstruct.fitting import Fitting
 from retrofit.reconstruct.inputs import IMAGES
 from retrofit.runtime.errors import InputError, NotFoundError
+from retrofit.runtime.finite import is_finite
 from retrofit.runtime.reading import JSON_BYTES, open_regular, parse_json, read_bytes
 
 CAMERAS = "cameras.json"
@@ -166,7 +167,7 @@ def _matrix(values: Any, shape: tuple[int, int], where: str) -> Tensor:
         matrix = torch.tensor(values, dtype=torch.float32)
     except (TypeError, ValueError) as error:
         raise InputError(f"{where}: expected numbers, got {error}.") from error
-    if matrix.shape != shape or not bool(matrix.isfinite().all()):
+    if matrix.shape != shape or not is_finite(matrix):
         raise InputError(
             f"{where}: expected {shape[0]} rows of {shape[1]} finite numbers, got {values}."
         )

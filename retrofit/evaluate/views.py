@@ -103,8 +103,8 @@ def measure_variant(
 
 def keep_by_site(handle: Patch) -> dict[str, float]:
     """Mean of the fractions that each site kept while `handle.measuring()` was entered."""
-    kept = {path: site.counts.keep for path, site in handle.sites.items()}
-    return {path: sum(values) / len(values) for path, values in kept.items() if values}
+    kept = {} if handle.kept is None else handle.kept.kept
+    return {path: sum(values) / len(values) for path, values in kept.items()}
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from torch import nn
 
@@ -32,6 +32,8 @@ class Family:
         describe: Its sites, levels and grids; must work on the meta device.
         denoises: Whether this is what a pipeline calls at every step, patched when a pipeline is.
         inputs: How to make example inputs; None means that its patches can't be proved.
+        output: What its first output is, which decides what a comparison measures on it besides
+            the difference: a `prediction`, or `embeddings` of tokens, of which means are compared.
         behind: What its checkpoints run after this network, for predictions that leave it out.
     """
 
@@ -42,6 +44,7 @@ class Family:
     describe: Callable[[nn.Module], Network]
     denoises: bool = False
     inputs: Examples | None = None
+    output: Literal["prediction", "embeddings"] = "prediction"
     behind: str = ""
 
 
@@ -132,20 +135,4 @@ def explain_implementation(network: Any, attention: Any) -> str | None:
     return (
         f"its attention implementation is {name!r}, which does not call PyTorch's: load the model "
         'with `attn_implementation="sdpa"`, or call `model.set_attn_implementation("sdpa")`'
-    )
-
-
-def explain_backend(processor: Any) -> str | None:
-    """Why the calls of a diffusers processor can't be reached, or None when they can.
-
-    Args:
-        processor: Of an attention that goes through diffusers' choice of backend.
-    """
-    backend = getattr(processor, "_attention_backend", None)
-    name = getattr(backend, "value", backend)
-    if name is None or str(name).startswith(("native", "_native")):
-        return None
-    return (
-        f"its attention backend is {str(name)!r}, which is not PyTorch's: call "
-        '`set_attention_backend("native")` on the network'
     )

@@ -14,7 +14,7 @@ from retrofit.families.base import (
     has_parts,
 )
 from retrofit.families.examples import TEXT
-from retrofit.layout.sites import AttentionSite, Network
+from retrofit.layout.sites import LEARNED, AttentionSite, Network
 
 LAYERS = ("encoder.layer", "encoder.layers", "transformer.layer")
 ATTENTIONS = ("attention.self", "attention")
@@ -63,7 +63,7 @@ def describe(module: Any) -> Network:
 def _is_bidirectional(attention: Any) -> bool:
     """Whether an attention projects as BERT's, adds nothing of its own and hides no key."""
     causal = getattr(attention, "is_causal", False) or getattr(attention, "is_decoder", False)
-    return attention._modules.keys() <= PARTS and not causal
+    return attention._modules.keys() <= PARTS | {LEARNED} and not causal
 
 
 FAMILY = Family(
@@ -76,5 +76,6 @@ FAMILY = Family(
     ),
     recognises=recognises,
     describe=describe,
+    output="embeddings",
     inputs=TEXT,
 )

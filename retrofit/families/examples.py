@@ -53,8 +53,11 @@ class Examples:
         native: The size that the network was trained at, as its config says.
         probes: Small sizes, smallest first, of which one is large enough for most methods.
         make: Keyword arguments of the forward, batch 1, float32, drawn from the generator.
+        files: What a comparison makes inputs of; empty where they can only be drawn.
+        least: The smallest size that gives a token.
         latent_scale: Frames and pixels that one latent frame and one latent stand for, where the
             checkpoint's autoencoder does not say.
+        first_timestep: Of a schedule, in the network's unit.
         packed: Latents along a side that pipelines pack into one token.
     """
 
@@ -62,8 +65,11 @@ class Examples:
     native: Callable[[Any], InputSize]
     probes: Callable[[Any], tuple[InputSize, ...]]
     make: Callable[[Any, InputSize, torch.Generator], dict[str, Any]]
+    files: Literal["texts", "pictures", "scenes", ""] = ""
+    least: Callable[[Any], InputSize] = lambda module: InputSize(height=1, width=1)
     latent_scale: tuple[int, int] = (1, 1)
     packed: int = 1
+    first_timestep: float = 999
 
     def shapes(self, module: Any, size: InputSize) -> dict[str, Any]:
         """What `make` gives, with what it draws on the meta device: no memory at any size."""
@@ -124,6 +130,7 @@ TEXT = Examples(
     axes=("tokens",),
     native=lambda module: InputSize(tokens=min(_text_limit(module), 512)),
     probes=_text_sizes,
+    files="texts",
     make=_make_text,
 )
 
@@ -148,8 +155,19 @@ def _picture_probes(module: Any) -> tuple[InputSize, ...]:
     return native, InputSize(height=2 * native.height, width=2 * native.width)
 
 
+def _one_patch(module: Any) -> InputSize:
+    patch = getattr(module.config, "patch_size", 1)
+    height, width = (patch, patch) if isinstance(patch, int) else patch
+    return InputSize(height=int(height), width=int(width))
+
+
 PICTURES = Examples(
-    axes=("size",), native=_picture_size, probes=_picture_probes, make=_make_pictures
+    axes=("size",),
+    native=_picture_size,
+    probes=_picture_probes,
+    make=_make_pictures,
+    files="pictures",
+    least=_one_patch,
 )
 
 
@@ -180,6 +198,7 @@ VIEWS = Examples(
     ),
     probes=_view_probes,
     make=_make_views,
+    files="scenes",
 )
 
 

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 
 from retrofit.families.base import (
     Family,
-    explain_backend,
     find_attention,
     has_parts,
     own_part,
     takes_only,
 )
+from retrofit.families.denoising import FoundAttention, list_sites
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Network, ValueReader, argument
+from retrofit.layout.sites import LayoutReader, Network, ValueReader, argument
 from retrofit.runtime.errors import GridError
 
 ARGUMENTS = {
@@ -77,26 +77,14 @@ def _blocks(module: Any) -> list[tuple[str, Any]]:
 
 def describe(module: Any) -> Network:
     """One site a block, over text and picture together."""
-    sites, unreachable = [], {}
-    for index, (path, block) in enumerate(_blocks(module)):
-        sites.append(
-            AttentionSite(
-                path=f"{path}.attn",
-                index=index,
-                block=index,
-                kind="joint",
-                num_heads=block.attn.heads,
-                head_dim=block.attn.head_dim,
-                grid_source="",
-            )
-        )
-        reason = explain_backend(block.attn.processor)
-        if reason is not None:
-            unreachable[f"{path}.attn"] = reason
+    sites, unreachable = list_sites(
+        FoundAttention(f"{path}.attn", block.attn, number, "joint", "picture")
+        for number, (path, block) in enumerate(_blocks(module))
+    )
     return Network(
         family=FAMILY.name,
-        sites=tuple(sites),
-        grid_readers={"": ValueReader(read_ids, recall_ids)},
+        sites=sites,
+        readers={"picture": LayoutReader("", ValueReader(read_ids, recall_ids))},
         unreachable=unreachable,
     )
 
@@ -104,8 +92,8 @@ def describe(module: Any) -> Network:
 def read_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenGrid:
     """The grid of the picture that is made, from `img_ids` `[N, 3]` (kind, row, column).
 
-    Tokens of reference pictures (Kontext), which stand behind it and are of another kind, are
-    suffix tokens: they have no place in its grid.
+    Tokens of another kind stand behind it and are suffix tokens: they have no place in its grid.
+    Those that are pictures row by row themselves (Kontext) are its references.
 
     Raises:
         GridError: If the ids are no picture in raster order.
@@ -114,22 +102,55 @@ def read_ids(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Toke
     if ids.is_meta:  # which holds no values, and makes no picture either
         return _guess(ids.shape[0], num_text)
     ids = ids.detach().cpu().float()
-    own = ids[:, 0] == ids[0, 0]
-    count = int(own.sum())
-    columns = ids[:count, 2]
-    # the columns begin anew with every row; ids in half precision repeat far ones, so none is read
-    turns = (columns[1:] < columns[:-1]).nonzero()
-    width = int(turns[0]) + 1 if len(turns) else count
-    if not len(turns) and bool((columns == columns[0]).all()):
-        width = 1
-    if count % width or not bool(_is_raster(ids, count // width, width)):
+    is_own = ids[:, 0] == ids[0, 0]
+    count = int(is_own.sum())
+    size = _size(ids[:count])
+    if size is None or not bool(is_own[:count].all()):
         raise GridError(
             f"{type(module).__name__}: expected `img_ids` of one picture, row by row, and behind "
             f"it only tokens of another kind (first column), got {ids.shape[0]} ids that are not. "
             "Leave its sites out with `sites`."
         )
-    grid = TokenGrid(height=count // width, width=width, num_prefix_tokens=num_text)
-    return replace(grid, num_suffix_tokens=ids.shape[0] - count)
+    return TokenGrid(
+        height=size[0],
+        width=size[1],
+        num_prefix_tokens=num_text,
+        num_suffix_tokens=ids.shape[0] - count,
+        references=_references(ids[count:]),
+    )
+
+
+def _references(ids: Tensor) -> tuple[tuple[int, int, int], ...]:
+    """Sizes of the pictures that ids `[N, 3]` begin with; tokens that are none end them.
+
+    A picture ends where the kind changes, or where the row returns to that of its first token.
+    """
+    found: list[tuple[int, int, int]] = []
+    new_kinds = (ids[1:, 0] != ids[:-1, 0]).nonzero().flatten() + 1
+    for run in ids.tensor_split(new_kinds) if len(ids) else ():
+        starts = [0]
+        for i in ((run[1:, 1] < run[:-1, 1]).nonzero().flatten() + 1).tolist():
+            if run[i, 1] == run[starts[-1], 1]:
+                starts.append(i)
+        sizes = [_size(part) for part in run.tensor_split(starts[1:])]
+        pictures = [(1, *size) for size in sizes if size is not None]
+        if len(pictures) < len(sizes):
+            break
+        found += pictures
+    return tuple(found)
+
+
+def _size(ids: Tensor) -> tuple[int, int] | None:
+    """Rows and columns of ids `[N, 3]`, None if they are no picture row by row."""
+    columns = ids[:, 2]
+    # the columns begin anew with every row; ids in half precision repeat far ones, so none is read
+    turns = (columns[1:] < columns[:-1]).nonzero()
+    width = int(turns[0]) + 1 if len(turns) else len(ids)
+    if not len(turns) and bool((columns == columns[0]).all()):
+        width = 1
+    height = len(ids) // width
+    is_picture = len(ids) % width == 0 and bool(_is_raster(ids, height, width))
+    return (height, width) if is_picture else None
 
 
 def recall_ids(
@@ -144,7 +165,7 @@ def recall_ids(
     count = len(range(ids.shape[0]))  # a plain number, whatever sizes the graph is for
     grid = known.get(count)
     grid = _guess(count, num_text) if grid is None else replace(grid, num_prefix_tokens=num_text)
-    torch._assert_async(_is_raster(ids, grid.height, grid.width), ANOTHER_SHAPE)
+    torch._assert_async(_has_layout(ids, grid), ANOTHER_SHAPE)
     return grid
 
 
@@ -162,14 +183,21 @@ def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]
     return ids, text.shape[1]
 
 
+def _has_layout(ids: Tensor, grid: TokenGrid) -> Tensor:
+    """Whether ids `[N, 3]` are the picture of a grid and then its references; a bool tensor."""
+    end = grid.num_grid_tokens
+    fits = ~(ids[end:, 0] == ids[0, 0]).any() & _is_raster(ids[:end], grid.height, grid.width)
+    for _, height, width in grid.references:
+        start, end = end, end + height * width
+        fits = fits & _is_raster(ids[start:end], height, width)
+    return fits
+
+
 def _is_raster(ids: Tensor, height: int, width: int) -> Tensor:
-    """Whether the first tokens, and no others, are one picture row by row; a bool tensor."""
-    count = height * width
-    rows, columns = (ids[:count, axis].unflatten(0, (height, width)) for axis in (1, 2))
-    is_own = ids[:, 0] == ids[0, 0]
+    """Whether ids `[height * width, 3]` are one picture row by row; a bool tensor."""
+    rows, columns = (ids[:, axis].unflatten(0, (height, width)) for axis in (1, 2))
     return (
-        is_own[:count].all()
-        & ~is_own[count:].any()
+        (ids[:, 0] == ids[0, 0]).all()
         & (rows == rows[:, :1]).all()
         & (columns == columns[:1]).all()
         & (rows[1:] >= rows[:-1]).all()
@@ -221,5 +249,6 @@ FAMILY = Family(
         make=_make_packed,
         latent_scale=(1, 8),
         packed=PACKED,
+        first_timestep=1.0,
     ),
 )

@@ -9,7 +9,7 @@ from torch import nn
 from retrofit.families.base import Family, has_parts
 from retrofit.families.examples import VIEWS
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Network, argument
+from retrofit.layout.sites import AttentionSite, LayoutReader, Network, argument
 
 
 def recognises(module: nn.Module) -> bool:
@@ -29,11 +29,11 @@ def describe(module: Any) -> Network:
             num_heads=block.attn.num_heads,
             head_dim=block.attn.qkv.in_features // block.attn.num_heads,
             scope="global" if i % 2 else "frame",
-            grid_source="",
+            layout="views",
         )
         for i, block in enumerate(module.decoder)
     )
-    return Network(family=FAMILY.name, sites=sites, grid_readers={"": read_views})
+    return Network(family=FAMILY.name, sites=sites, readers={"views": LayoutReader("", read_views)})
 
 
 def read_views(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> TokenGrid:

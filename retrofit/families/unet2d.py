@@ -9,27 +9,11 @@ import torch
 from torch import nn
 
 from retrofit.families.base import Family, find_attention, find_multihead, has_parts
+from retrofit.families.denoising import FoundAttention, Kind, list_sites
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Level, Network, argument
+from retrofit.layout.sites import LayoutReader, Level, Network, argument
 from retrofit.runtime.errors import UnsupportedError
-
-DEFAULT = "call `set_default_attn_processor()` on the network"
-SOFTMAX = f"its processor computes the softmax itself: {DEFAULT}"
-SLICED = "attention slicing computes the softmax itself: call `disable_attention_slicing()`"
-XFORMERS = (
-    "xformers does not go through PyTorch's attention function: call "
-    "`disable_xformers_memory_efficient_attention()`"
-)
-NOT_INTERCEPTED = {
-    "AttnProcessor": SOFTMAX,
-    "CustomDiffusionAttnProcessor": SOFTMAX,
-    "IPAdapterAttnProcessor": SOFTMAX,
-    "SlicedAttnProcessor": SLICED,
-    "XFormersAttnProcessor": XFORMERS,
-    "CustomDiffusionXFormersAttnProcessor": XFORMERS,
-    "IPAdapterXFormersAttnProcessor": XFORMERS,
-}
 
 
 def recognises(module: nn.Module) -> bool:
@@ -45,7 +29,7 @@ def recognises(module: nn.Module) -> bool:
     parts = [block for _, block, _ in _parts(module)]
     if not all(_pairs_up(block) for block in parts):
         return False
-    listed = {attention for _, attention, *_ in _attention_modules(module)}
+    listed = {found.module for found in _attention_modules(module)}
     return (
         listed == {attention for part in parts for attention in find_attention(part)}
         and not any(has_parts(attention, "added_kv_proj_dim") for attention in listed)
@@ -56,33 +40,12 @@ def recognises(module: nn.Module) -> bool:
 def describe(module: Any) -> Network:
     """List the sites in order of execution, and the levels by resolution."""
     found = list(_attention_modules(module))
-    counts: dict[str, int] = {}
-    sites = []
-    for path, attention, source, block, level in found:
-        kind = "cross" if attention.is_cross_attention else "self"
-        index = counts[kind] = counts.get(kind, -1) + 1
-        sites.append(
-            AttentionSite(
-                path=path,
-                index=index,
-                block=block,
-                kind=kind,  # type: ignore[arg-type]
-                num_heads=attention.heads,
-                head_dim=attention.inner_dim // attention.heads,
-                level=level,
-                grid_source=source,
-            )
-        )
-    unreachable = {
-        path: NOT_INTERCEPTED[name]
-        for path, attention, *_ in found
-        if (name := type(attention.processor).__name__) in NOT_INTERCEPTED
-    }
+    sites, unreachable = list_sites(found)
     return Network(
         family=FAMILY.name,
-        sites=tuple(sites),
+        sites=sites,
         levels=_levels(module),
-        grid_readers={source: read_feature_map for _, _, source, _, _ in found},
+        readers={site.layout: LayoutReader(site.layout, read_feature_map) for site in found},
         sample_size=_pair(getattr(module.config, "sample_size", None)),
         unreachable=unreachable | find_multihead(module),
     )
@@ -94,22 +57,27 @@ def read_feature_map(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any])
     return TokenGrid(height=height, width=width)
 
 
-def _attention_modules(module: Any) -> Iterator[tuple[str, Any, str, int, int]]:
-    """Path, attention, path of the module that sees the size, transformer block and level."""
+def _attention_modules(module: Any) -> Iterator[FoundAttention]:
+    """In order of execution; their layouts are named after the module that sees the size."""
     block = 0
     for prefix, part, level in _parts(module):
         for i, holder in enumerate(getattr(part, "attentions", None) or []):
             source = f"{prefix}.attentions.{i}"
             if has_parts(holder, "to_q"):  # an attention that takes the feature map itself
-                yield source, holder, source, block, level
+                yield _found(source, holder, block, source, level)
                 block += 1
             for j, transformer in enumerate(getattr(holder, "transformer_blocks", None) or []):
                 for name in ("attn1", "attn2"):
                     attention = getattr(transformer, name, None)
                     if attention is not None:
                         path = f"{source}.transformer_blocks.{j}.{name}"
-                        yield path, attention, source, block, level
+                        yield _found(path, attention, block, source, level)
                 block += 1
+
+
+def _found(path: str, attention: Any, block: int, source: str, level: int) -> FoundAttention:
+    kind: Kind = "cross" if attention.is_cross_attention else "self"
+    return FoundAttention(path, attention, block, kind, source, level)
 
 
 def _parts(module: Any) -> Iterator[tuple[str, Any, int]]:

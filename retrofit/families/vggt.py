@@ -9,7 +9,7 @@ from torch import nn
 from retrofit.families.base import Family, has_parts
 from retrofit.families.examples import VIEWS
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Network, argument
+from retrofit.layout.sites import AttentionSite, LayoutReader, Network, argument
 
 
 def recognises(module: nn.Module) -> bool:
@@ -28,7 +28,7 @@ def describe(module: Any) -> Network:
             num_heads=block.attn.num_heads,
             head_dim=block.attn.qkv.in_features // block.attn.num_heads,
             scope="frame" if name == "frame_blocks" else "global",
-            grid_source="",
+            layout="views",
         )
         for turn, name in enumerate(("frame_blocks", "global_blocks"))
         for i, block in enumerate(getattr(module, name))
@@ -36,7 +36,7 @@ def describe(module: Any) -> Network:
     return Network(
         family=FAMILY.name,
         sites=tuple(sorted(sites, key=lambda site: site.block)),
-        grid_readers={"": read_views},
+        readers={"views": LayoutReader("", read_views)},
     )
 
 

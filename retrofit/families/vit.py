@@ -18,7 +18,7 @@ from retrofit.families.base import (
 )
 from retrofit.families.examples import PICTURES
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Network, argument
+from retrofit.layout.sites import AttentionSite, LayoutReader, Network, argument
 from retrofit.runtime.errors import GridError, UnsupportedError
 
 LAYERS = ("layers", "encoder.layers", "encoder.layer", "model.layer", "layer")
@@ -67,7 +67,7 @@ def describe(module: Any) -> Network:
                 kind="self",
                 num_heads=num_heads,
                 head_dim=head_dim,
-                grid_source="",
+                layout="picture",
             )
         )
         reason = explain_implementation(module, attention)
@@ -87,7 +87,7 @@ def describe(module: Any) -> Network:
     return Network(
         family=FAMILY.name,
         sites=tuple(sites),
-        grid_readers={"": reader},
+        readers={"picture": LayoutReader("", reader)},
         sample_size=_image_size(module),
         unreachable=unreachable,
     )
@@ -161,5 +161,6 @@ FAMILY = Family(
     ),
     recognises=recognises,
     describe=describe,
+    output="embeddings",
     inputs=PICTURES,
 )

@@ -9,15 +9,15 @@ from torch import nn
 
 from retrofit.families.base import (
     Family,
-    explain_backend,
     find_attention,
     has_parts,
     own_part,
     takes_only,
 )
+from retrofit.families.denoising import FoundAttention, Kind, list_sites
 from retrofit.families.examples import Examples, InputSize, normal
 from retrofit.layout.grid import TokenGrid
-from retrofit.layout.sites import AttentionSite, Network, argument
+from retrofit.layout.sites import LayoutReader, Network, argument
 
 ARGUMENTS = {
     "timestep",
@@ -28,6 +28,7 @@ ARGUMENTS = {
     "return_dict",
     "attention_kwargs",
 }
+KINDS: dict[str, Kind] = {"attn1": "self", "attn2": "cross"}
 
 
 def recognises(module: nn.Module) -> bool:
@@ -48,29 +49,23 @@ def recognises(module: nn.Module) -> bool:
 
 def describe(module: Any) -> Network:
     """Two sites a block: self-attention over the video, cross-attention to the text."""
-    sites, unreachable = [], {}
-    for index, (path, number, block) in enumerate(_blocks(module)):
-        for name in ("attn1", "attn2"):
-            attention = getattr(block, name)
-            sites.append(
-                AttentionSite(
-                    path=f"{path}.{name}",
-                    index=index,
-                    block=number,
-                    kind="self" if name == "attn1" else "cross",
-                    num_heads=attention.heads,
-                    head_dim=attention.inner_dim // attention.heads,
-                    grid_source="",
-                    num_calls=2 if has_parts(attention, "add_k_proj") else 1,
-                )
-            )
-            reason = explain_backend(attention.processor)
-            if reason is not None:
-                unreachable[f"{path}.{name}"] = reason
+    sites, unreachable = list_sites(
+        FoundAttention(
+            f"{path}.{name}",
+            attention := getattr(block, name),
+            number,
+            kind,
+            "video",
+            num_calls=2 if has_parts(attention, "add_k_proj") else 1,
+        )
+        for path, number, block in _blocks(module)
+        for name, kind in KINDS.items()
+    )
     return Network(
         family=FAMILY.name,
-        sites=tuple(sites),
-        grid_readers={"": read_latents},
+        sites=sites,
+        readers={"video": LayoutReader("", read_latents)},
+        has_frames=True,
         unreachable=unreachable,
     )
 
@@ -107,6 +102,11 @@ def _probe_sizes(module: Any) -> tuple[InputSize, ...]:
     )
 
 
+def _one_patch(module: Any) -> InputSize:
+    _, rows, columns = module.config.patch_size
+    return InputSize(height=rows, width=columns)
+
+
 def _make_latents(module: Any, size: InputSize, generator: torch.Generator) -> dict[str, Any]:
     config = module.config
     shape = (size.frames, size.height, size.width)
@@ -140,6 +140,7 @@ FAMILY = Family(
         native=lambda module: InputSize(frames=21, height=60, width=104),
         probes=_probe_sizes,
         make=_make_latents,
+        least=_one_patch,
         latent_scale=(4, 8),
     ),
 )

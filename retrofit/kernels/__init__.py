@@ -11,7 +11,11 @@ from retrofit.kernels.block_sparse import (
     mask_from_lists,
     pack_mask_bits,
 )
-from retrofit.kernels.grid_window import neighborhood_attention, window_attention
+from retrofit.kernels.grid_window import (
+    masked_attention,
+    neighborhood_attention,
+    window_attention,
+)
 from retrofit.kernels.merge import merge_attention
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "explain",
     "lists_from_mask",
     "mask_from_lists",
+    "masked_attention",
     "merge_attention",
     "neighborhood_attention",
     "pack_mask_bits",

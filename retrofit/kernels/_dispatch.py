@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from retrofit.runtime.devices import pick_device
 from retrofit.runtime.errors import ConfigError, UnsupportedError, suggest
 
 Support = tuple[bool, str]
@@ -103,7 +104,7 @@ def explain(
     """What every backend of every operator says to a call, for `retrofit doctor`.
 
     Args:
-        device: Device type; the GPU where there is one when None.
+        device: Device type; the accelerator where there is one when None.
         dtype: Of the tensors.
         head_dim: Of query and key.
         num_tokens: Sequence length.
@@ -113,7 +114,7 @@ def explain(
         `is_usable`, `reason` (why not; empty where usable), `is_chosen`, and the call's
         `device`, `dtype`, `head_dim`, `num_tokens`.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or pick_device(None)
     probe = Probe(device=device, dtype=dtype, head_dim=head_dim, num_tokens=num_tokens)
     call = {**asdict(probe), "dtype": str(dtype).removeprefix("torch.")}
     del call["is_strided"]

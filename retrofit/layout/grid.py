@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from retrofit.runtime.errors import GridError
 
 if TYPE_CHECKING:
     import torch
+
+SPECIAL = ("num_prefix_tokens", "num_suffix_tokens", "num_frame_prefix_tokens")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,6 +30,9 @@ class TokenGrid:
         num_prefix_tokens: Special tokens before the grid.
         num_suffix_tokens: Special tokens after the grid.
         num_frame_prefix_tokens: Special tokens in front of every frame.
+        references: Frames, height and width of further pictures, given beside the one that is made.
+            Their tokens, each picture's in raster order, are the first of the suffix tokens, which
+            count them; see `grid_with_references`.
     """
 
     frames: int = 1
@@ -34,6 +41,19 @@ class TokenGrid:
     num_prefix_tokens: int = 0
     num_suffix_tokens: int = 0
     num_frame_prefix_tokens: int = 0
+    references: tuple[tuple[int, int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        """Check that the suffix holds the references.
+
+        Raises:
+            GridError: If it is too short for them.
+        """
+        if self.references and self.num_reference_tokens > self.num_suffix_tokens:
+            raise GridError(
+                f"num_suffix_tokens: expected {self.num_reference_tokens} or more, the tokens of "
+                f"references {self.references}, got {self.num_suffix_tokens}. Count them there too."
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -46,8 +66,13 @@ class TokenGrid:
         return self.frames * self.height * self.width
 
     @property
+    def num_reference_tokens(self) -> int:
+        """Suffix tokens that have a place in a reference picture."""
+        return sum(math.prod(shape) for shape in self.references)
+
+    @property
     def num_special_tokens(self) -> int:
-        """Tokens that have none."""
+        """Tokens that have none; those of references are among them."""
         return (
             self.num_prefix_tokens
             + self.num_suffix_tokens
@@ -79,12 +104,57 @@ class TokenGrid:
 
     def without_special_tokens(self) -> TokenGrid:
         """The same grid with nothing around it."""
-        return replace(self, num_prefix_tokens=0, num_suffix_tokens=0, num_frame_prefix_tokens=0)
+        return TokenGrid(frames=self.frames, height=self.height, width=self.width)
+
+    def encode(self) -> tuple[int, ...]:
+        """Plain numbers for `decode`; a size that a traced graph leaves open becomes a constant."""
+        special = [getattr(self, name) for name in SPECIAL]
+        return tuple([len(range(size)) for size in (*self.shape, *special)])
+
+    @classmethod
+    def decode(cls, code: Sequence[int]) -> TokenGrid:
+        """The grid that `encode` was called on; reference pictures are special tokens of it."""
+        names = ("frames", "height", "width", *SPECIAL)
+        sizes: dict[str, Any] = dict(zip(names, code, strict=True))
+        return cls(**sizes)
 
     def __str__(self) -> str:
-        """Short form for messages: `4x16x16 + 5 special`."""
-        special = f" + {self.num_special_tokens} special" if self.num_special_tokens else ""
-        return f"{self.frames}x{self.height}x{self.width}{special}"
+        """Short form for messages: `4x16x16 + 1x8x8 reference + 5 special`."""
+        special = self.num_special_tokens - self.num_reference_tokens
+        parts = [
+            "x".join(map(str, self.shape)),
+            *("x".join(map(str, shape)) + " reference" for shape in self.references),
+            *([f"{special} special"] if special else []),
+        ]
+        return " + ".join(parts)
+
+
+class Place(NamedTuple):
+    """Where tokens stand in the grid; integer tensors that broadcast."""
+
+    frame: torch.Tensor
+    row: torch.Tensor
+    column: torch.Tensor
+
+
+def place_of(grid: TokenGrid, position: torch.Tensor) -> tuple[Place, torch.Tensor]:
+    """Places of tokens by their position in the sequence, and which of them are of the grid.
+
+    Args:
+        grid: Layout of the sequence.
+        position: int64, any shape.
+
+    Returns:
+        Places, those of special tokens being any of the grid's, and a bool tensor.
+    """
+    inside = grid.height * grid.width
+    place = position - grid.num_prefix_tokens
+    frame = place // (inside + grid.num_frame_prefix_tokens)
+    place = place % (inside + grid.num_frame_prefix_tokens) - grid.num_frame_prefix_tokens
+    is_grid = (frame >= 0) & (frame < grid.frames) & (place >= 0)
+    place = place.clamp(min=0)
+    frame = frame.clamp(0, grid.frames - 1)
+    return Place(frame, place // grid.width, place % grid.width), is_grid
 
 
 def split_positions(
@@ -110,10 +180,38 @@ def split_positions(
     return torch.cat(parts), tokens.flatten()
 
 
-def kept_pairs(grid: TokenGrid, fraction: float) -> float:
-    """Fraction of all query-key pairs, when `fraction` of those between grid tokens is kept.
+class PlacedTokens(NamedTuple):
+    """The tokens that have a place in a picture or video, in the order of the sequence.
 
-    Pairs with a special token on either side are always kept.
+    Attributes:
+        positions: Their positions in the sequence, int64 `[N]`, ascending.
+        pictures: Which picture each belongs to, int64 `[N]`: 0 is the grid, 1 the first reference.
+        places: Frame, row and column in that picture, int64 `[N, 3]`.
     """
-    dropped = (1.0 - fraction) * grid.num_grid_tokens**2
-    return 1.0 - dropped / grid.num_tokens**2
+
+    positions: torch.Tensor
+    pictures: torch.Tensor
+    places: torch.Tensor
+
+
+def grid_with_references(grid: TokenGrid, device: torch.device | str = "cpu") -> PlacedTokens:
+    """Tokens of the grid and of its reference pictures, for methods that treat them alike.
+
+    All other tokens are special: the complement of `positions`.
+    """
+    import torch
+
+    shapes = (grid.shape, *grid.references)
+    _, own = split_positions(grid, device)
+    first = grid.num_tokens - grid.num_suffix_tokens
+    further = torch.arange(first, first + grid.num_reference_tokens, device=device)
+    counts = torch.tensor([math.prod(shape) for shape in shapes], device=device)
+    places = [
+        torch.cartesian_prod(*(torch.arange(length, device=device) for length in shape))
+        for shape in shapes
+    ]
+    return PlacedTokens(
+        positions=torch.cat([own, further]),
+        pictures=torch.arange(len(shapes), device=device).repeat_interleave(counts),
+        places=torch.cat(places),
+    )

@@ -8,6 +8,8 @@ from typing import Any, Literal
 
 from retrofit.layout.grid import TokenGrid
 
+LEARNED = "_retrofit"  # a patch's own submodule in an attention module: its learned parts
+
 GridReader = Callable[[Any, tuple[Any, ...], dict[str, Any]], TokenGrid]
 """Reads the grid of a module's inner sites from the arguments of its forward.
 
@@ -35,6 +37,20 @@ class ValueReader:
         return self.read(module, args, kwargs)
 
 
+@dataclass(frozen=True)
+class LayoutReader:
+    """Where a layout of tokens is read, and how.
+
+    Attributes:
+        module: Path of the nearest module around its sites that sees height and width; `""` is the
+            network itself. Several layouts may be read at one module.
+        read: How to read the grid from the arguments of that module's forward.
+    """
+
+    module: str
+    read: GridReader | ValueReader
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionSite:
     """One attention call that can be replaced.
@@ -49,8 +65,8 @@ class AttentionSite:
         scope: `global` when every token of the input sees every other; `frame` when only within its
             own frame, frames standing in the batch.
         level: Index into `Network.levels`, for networks whose resolution changes inside.
-        grid_source: Path of the nearest enclosing module that sees height and width; None when the
-            tokens are a plain sequence, whose grid is their number.
+        layout: Which of `Network.readers` reads its grid; None when the tokens are a plain
+            sequence, whose grid is their number.
         num_calls: Attention calls in one forward; all but the last run dense (Wan image-to-video
             attends to the image first, then to the text).
         network: Name of the network it stands in (`unet`), filled in when a patch is installed.
@@ -64,7 +80,7 @@ class AttentionSite:
     head_dim: int
     scope: Literal["global", "frame"] = "global"
     level: int | None = None
-    grid_source: str | None = None
+    layout: str | None = None
     num_calls: int = 1
     network: str = ""
 
@@ -100,7 +116,9 @@ class Network:
         family: Name of the family that recognised it.
         sites: Every attention site, in order of execution.
         levels: Its resolutions, for a UNet.
-        grid_readers: For each `AttentionSite.grid_source`, how to read the grid there.
+        readers: For each `AttentionSite.layout`, where and how its grid is read.
+        has_frames: Whether the frames of its grids follow one another in time, as a video's do.
+            Views of a scene, which may come in any order, do not.
         sample_size: Height and width, in latents or else pixels, that it was trained at, where the
             config says.
         unreachable: Attention modules that never reach the interception point, with the reason.
@@ -110,7 +128,8 @@ class Network:
     family: str
     sites: tuple[AttentionSite, ...]
     levels: tuple[Level, ...] = ()
-    grid_readers: Mapping[str, GridReader | ValueReader] = field(default_factory=dict)
+    readers: Mapping[str, LayoutReader] = field(default_factory=dict)
+    has_frames: bool = False
     sample_size: tuple[int, int] | None = None
     unreachable: Mapping[str, str] = field(default_factory=dict)
     name: str = ""

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from retrofit.methods.base import Method, Operator
+from retrofit.methods.base import Method
 
-__all__ = ["METHODS", "Method", "Operator"]
+__all__ = ["METHODS", "Method"]
 
 
 def _find_methods() -> dict[str, type[Method]]:

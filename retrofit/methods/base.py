@@ -1,104 +1,40 @@
-"""What a method is: a frozen config that builds an operator for a site and a grid."""
+"""What a method is: a frozen config that says what each query of a call sees."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
-import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch import Tensor, nn
 
 from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods.run_state import RunState
+from retrofit.patterns import AttentionCall, Pattern, attend
+from retrofit.runtime.errors import ConfigError
 from retrofit.runtime.intercept import Handler
-
-
-class Operator(Protocol):
-    """Replaces one attention call.
-
-    Called with tensors `[B, H, S, D]` (keys and values may have fewer heads) and the rest of the
-    call by keyword; returns `[B, H, S, D]`. It draws no random numbers and honours every argument,
-    or refuses with a `RetrofitError`.
-    """
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        """Attend."""
-        ...
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """Fraction of query-key pairs that this call keeps, 1.0 when dense.
-
-        NaN for tensors on meta, if it depends on their values.
-        """
-        ...
-
-
-class Dense:
-    """The operator of a call that keeps everything: the dense model's own attention.
-
-    Bit for bit the same, and with nothing else run: beside small layers the Python code of a
-    sparse operator costs as much as the attention.
-    """
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        """Attend to everything."""
-        if attn_mask is not None and attn_mask.dtype not in (torch.bool, query.dtype):
-            attn_mask = attn_mask.to(query.dtype)
-        return scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-            enable_gqa=query.shape[1] != key.shape[1],
-        )
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """Everything is kept."""
-        return 1.0
-
-
-DENSE = Dense()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
     """Parameters of one published method; a subclass per paper, its fields the settings.
 
-    A stateless method defines `build` only. One that depends on the denoising step defines
-    `schedule` too, whose integers its operators read from `state.values`; one that changes more
-    than attention defines `handlers`.
+    A method that is a mask defines `pattern` only. One that depends on the denoising step defines
+    `schedule` too, whose integers it reads from `state.values`; one that changes the call or the
+    result defines `attend`; one that changes more than attention defines `handlers`; one with
+    learned parts defines `modules`.
 
     Attributes:
         name: As in `retrofit methods` and in recipes.
         summary: One line for people.
         paper: Where it was published.
         lossy: What happens to the output.
+        enlarges: Whether it is made for sizes above the training size.
         helps: From what size on it is worth its cost.
         idle: Why it may change nothing at all.
         acts_with: What to set that it does, a larger size aside.
+        is_exact: Whether the output is the dense model's within float rounding.
         alternatives: Groups of settings of which one is given; setting another takes its place.
     """
 
@@ -109,7 +45,23 @@ class Method:
     idle: ClassVar[str] = "every token sees all that it sees in the dense model"
     acts_with: ClassVar[str] = ""
     lossy: ClassVar[str] = "lossy: the output differs from the dense model's"
+    is_exact: ClassVar[bool] = False
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
+    enlarges: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        """Check the settings.
+
+        Raises:
+            ConfigError: With every mistake at once.
+        """
+        problems = self.problems()
+        if problems:
+            raise ConfigError(" ".join(problems))
+
+    def problems(self) -> list[str]:
+        """What is wrong with the settings, a sentence for each mistake."""
+        return []
 
     @property
     def needs_steps(self) -> bool:
@@ -124,9 +76,33 @@ class Method:
         """Why the method leaves a site alone, or None when it takes it."""
         return "cross attention" if site.kind == "cross" else None
 
-    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
-        """The operator for one site and one grid; cheap, called at every forward."""
+    def pattern(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> Pattern:
+        """What each query of a call sees; called at every forward, inside traced code.
+
+        Args:
+            site: Which call this is.
+            layout: Of its tokens.
+            call: Its tensors, of one dtype, its mask with four axes. No random numbers are drawn.
+            state: Where a denoising run stands.
+        """
         raise NotImplementedError
+
+    def attend(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> tuple[Tensor, Pattern]:
+        """Take a call's place: its result `[B, H, S, D_v]`, and the pattern it was made by."""
+        pattern = self.pattern(site, layout, call, state)
+        return attend(call, pattern), pattern
+
+    def modules(self, site: AttentionSite, network: Network) -> nn.Module | None:
+        """Learned parts and tables of a site, which every call has as `call.learned`.
+
+        They are registered in the network, trained, saved beside the recipe and removed with the
+        patch.
+        """
+        return None
 
     def schedule(
         self, state: RunState, network: Network, sites: Sequence[AttentionSite]
@@ -145,6 +121,16 @@ class Method:
         settings = f"with {self.acts_with}" if self.acts_with else ""
         advice = " or ".join(filter(None, (larger, settings)))
         return f"{what} changes nothing at {where}: {self.idle}. It acts {advice}."
+
+    def explain_run(self, native: str, area: float, steps: int | None) -> str | None:
+        """What to expect of a picture, where its settings do less than a user may hope for.
+
+        Args:
+            native: The training size, for people: `512x512`.
+            area: Pixels of the picture over those of the training size.
+            steps: Denoising steps, where they are known.
+        """
+        return None
 
     def handlers(self, network: Network, state: RunState) -> Sequence[tuple[str, Handler]]:
         """Further handlers by module path (`""` is the network itself), outermost first."""

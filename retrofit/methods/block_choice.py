@@ -10,13 +10,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from retrofit.kernels import select_by_score
+from retrofit.patterns.call import visible_keys
+from retrofit.patterns.everything import visible_blocks
+from retrofit.runtime.devices import widest_float
 
 Selection = Literal["mass", "error"]
-
-
-def visible_keys(mask: Tensor) -> Tensor:
-    """Keys that any query sees, `[B', H', S', S]` to bool `[B', S]`."""
-    return _is_visible(mask).any(2).any(1)
 
 
 def choose_under_mask(  # noqa: PLR0913 - the arguments of `select_blocks` and a mask
@@ -61,9 +59,9 @@ def choose_under_mask(  # noqa: PLR0913 - the arguments of `select_blocks` and a
     scores = scores * factor
     if selection == "error":
         scores = scores + _score_variance(query, key, real, block_size, factor).log()
-    visible = _visible_blocks(mask, block_size)
+    visible = visible_blocks(mask, block_size)
     scores = scores.masked_fill(~visible, -math.inf).softmax(-1).nan_to_num(0.0)
-    wanted = visible.sum(-1, keepdim=True).double() * (keep or 0.0)
+    wanted = visible.sum(-1, keepdim=True).to(widest_float(mask.device)) * (keep or 0.0)
     ranked = scores.masked_fill(~visible, -1.0).argsort(dim=-1, descending=True, stable=True)
     places = torch.arange(ranked.shape[-1], device=ranked.device)
     chosen = (places < wanted.floor().clamp(min=1)).expand_as(ranked)
@@ -91,10 +89,6 @@ def _score_variance(
     return (strength @ spread.mT * scale**2).clamp(min=torch.finfo(mean.dtype).tiny)
 
 
-def _is_visible(mask: Tensor) -> Tensor:
-    return mask if mask.dtype == torch.bool else mask > torch.finfo(mask.dtype).min / 2
-
-
 def _pool(x: Tensor, real: Tensor, block: int, pooling: str) -> Tensor:
     """Pool the visible tokens of each block, `[B, H, S, D]` to `[B, H, ceil(S / block), D]`."""
     missing = -x.shape[2] % block
@@ -104,15 +98,6 @@ def _pool(x: Tensor, real: Tensor, block: int, pooling: str) -> Tensor:
     if pooling == "avg":
         return (x * shown).sum(3) / shown.sum(3).clamp(min=1)
     return x.masked_fill(~shown, -math.inf).amax(3).masked_fill(~shown.any(3), 0.0)
-
-
-def _visible_blocks(mask: Tensor, block_size: tuple[int, int]) -> Tensor:
-    """Blocks of which a query block sees any key, bool `[B or 1, H or 1, n_q or 1, n_k]`."""
-    seen = _is_visible(mask)
-    if seen.shape[2] > 1:
-        missing = -seen.shape[2] % block_size[0]
-        seen = pad(seen, (0, 0, 0, missing)).unflatten(2, (-1, block_size[0])).any(3)
-    return pad(seen, (0, -seen.shape[3] % block_size[1])).unflatten(3, (-1, block_size[1])).any(4)
 
 
 def _own_blocks(chosen: Tensor, block_size: tuple[int, int]) -> Tensor:

@@ -12,18 +12,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from retrofit.kernels import block_sparse_attention
-from retrofit.layout.grid import TokenGrid, kept_pairs, split_positions
+from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite, Network
-from retrofit.methods.base import DENSE, Method, Operator
-from retrofit.methods.block_layout import full_mask, mask_rows
-from retrofit.methods.circle_tiles import PLACES, circle_lists
+from retrofit.methods.base import Method
 from retrofit.methods.run_state import RunState
-from retrofit.runtime.errors import ConfigError, UnsupportedError
+from retrofit.patterns import AttentionCall, Circle, Dense, Pattern
 
 POOLED_LENGTH = 10  # by which the original multiplies the tokens of a call that has pooled keys
 
@@ -63,12 +58,8 @@ class ClearConfig(Method):
     pool_weights: tuple[float, ...] | None = None
     temperature_base: int = 0
 
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ConfigError: With every mistake at once.
-        """
+    def problems(self) -> list[str]:
+        """What is wrong with the settings."""
         problems = []
         if not 0 < self.radius < math.inf:
             problems.append(f"radius: expected more than 0 and finite, got {self.radius}.")
@@ -79,8 +70,7 @@ class ClearConfig(Method):
             problems.append(
                 f"temperature_base: expected 0 or at least 2 tokens, got {self.temperature_base}."
             )
-        if problems:
-            raise ConfigError(" ".join(problems))
+        return problems
 
     def _check_weights(self) -> list[str]:
         """What is wrong with the weights of a square."""
@@ -101,172 +91,25 @@ class ClearConfig(Method):
 
     def refuses(self, network: Network) -> str | None:
         """Needs attention over a grid."""
-        if any(site.kind != "cross" and site.grid_source is not None for site in network.sites):
+        if any(site.kind != "cross" and site.layout is not None for site in network.sites):
             return None
         return "it needs attention over a grid of known height and width"
 
-    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
-        """The circles of this grid."""
-        circles = Circles(config=self, grid=grid)
-        return DENSE if circles.sees_all and not self.temperature_base else circles
-
-
-@dataclass(frozen=True, kw_only=True)
-class Circles:
-    """The operator for one grid.
-
-    Attributes:
-        config: The method's settings.
-        grid: Layout of the tokens.
-    """
-
-    config: ClearConfig
-    grid: TokenGrid
-
-    @property
-    def sees_all(self) -> bool:
-        """Whether no token is out of reach of any other, and none is pooled."""
-        grid, reach = self.grid, self.config.radius**2
-        farthest = (grid.height - 1) ** 2 + (grid.width - 1) ** 2
-        return grid.frames == 1 and self.config.pool is None and farthest < reach
-
-    @property
-    def num_pooled(self) -> int:
-        """Squares of tokens that become one further key each."""
-        side = self.config.pool
-        if side is None:
-            return 0
-        return self.grid.frames * -(-self.grid.height // side) * -(-self.grid.width // side)
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        """Attend, tensors `[B, H, S, D]`.
-
-        Raises:
-            UnsupportedError: If the call is causal, or has a mask beside pooled keys.
-        """
-        if is_causal:
-            raise UnsupportedError(
-                "clear: expected attention without `is_causal`, got it. Leave that site out with "
-                "`sites`."
-            )
-        if attn_mask is not None and self.config.pool is not None:
-            raise UnsupportedError(
-                "clear: expected attention without a mask beside `pool`, which would add hidden "
-                "keys up with others, got one. Leave `pool` out."
-            )
-        scale = self.scale(query.shape[3], scale)
-        attn_mask = full_mask(attn_mask, key.shape[2])
-        if self.sees_all:
-            return DENSE(query, key, value, attn_mask=attn_mask, is_causal=False, scale=scale)
-        special, tokens = split_positions(self.grid, query.device)
-        joined = self._attend_grid(query, key, value, attn_mask, scale)
-        if not self.grid.num_special_tokens:
-            return joined
-        seeing_all = DENSE(
-            query.index_select(2, special),
-            key,
-            value,
-            attn_mask=None if attn_mask is None else mask_rows(attn_mask, special),
-            is_causal=False,
-            scale=scale,
+    def pattern(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> Pattern:
+        """The circles of this layout."""
+        circle = Circle(
+            layout=layout, radius=self.radius, pool=self.pool, pool_weights=self.pool_weights
         )
-        out = joined.new_empty(*query.shape[:3], joined.shape[3])
-        return out.index_copy_(2, tokens, joined).index_copy_(2, special, seeing_all)
+        return Dense(layout) if circle.sees_all and not self.temperature_base else circle
 
-    def _attend_grid(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        scale: float | None,
-    ) -> Tensor:
-        """Outputs of the grid's tokens alone, `[B, H, S_grid, D]` in raster order."""
-        special, tokens = split_positions(self.grid, query.device)
-        side = self.config.pool
-        num_others = self.grid.num_special_tokens + self.num_pooled
-        # on meta the lists keep their values, from which the tiles that are visited are counted
-        place = torch.device("cpu") if query.is_meta else query.device
-        circles = circle_lists(self.grid, self.config.radius, num_others, place)
-        rows = tokens[circles.tokens]
-        columns = torch.cat([rows, special])
-        mask = attn_mask
-        if mask is not None:
-            mask = mask_rows(mask, rows).index_select(3, columns)
-
-        def seen(x: Tensor) -> Tensor:
-            near = x.index_select(2, columns)
-            return near if side is None else torch.cat([near, self.pool(x[:, :, tokens])], 2)
-
-        out = block_sparse_attention(
-            query.index_select(2, rows),
-            seen(key),
-            seen(value),
-            circles.lists,
-            block_size=(PLACES, PLACES),
-            attn_mask=mask,
-            scale=scale,
-        )
-        return out.index_select(2, circles.places)
-
-    def pool(self, x: Tensor) -> Tensor:
-        """Keys or values of grid tokens added up in squares.
-
-        Args:
-            x: `[B, H, S_grid, D]`, in raster order.
-
-        Returns:
-            `[B, H, num_pooled, D]`, none without `pool`.
-        """
-        side = self.config.pool
-        if side is None:
-            return x[:, :, :0]
-        _, height, width = self.grid.shape
-        rows, columns = -(-height // side), -(-width // side)
-        inside = min(side, height), min(side, width)
-        short = (0, 0, 0, columns * inside[1] - width, 0, rows * inside[0] - height)
-        maps = x.unflatten(2, self.grid.shape)
-        maps = pad(maps, short) if any(short) else maps
-        squares = maps.unflatten(4, (columns, inside[1])).unflatten(3, (rows, inside[0]))
-        if self.config.pool_weights is None:
-            weight = x.new_tensor(1 / side**2)
-        else:
-            weight = x.new_tensor(self.config.pool_weights).view(side, 1, side, 1)
-            weight = weight[: inside[0], :, : inside[1]]
-        pooled = (squares * weight).sum((4, 6))
-        if height % side or width % side:
-            held = _tokens_held(height, side)[:, None] * _tokens_held(width, side)
-            pooled = pooled * (side**2 / held.double()).to(x.device, x.dtype)[:, :, None]
-        return pooled.flatten(2, 4)
-
-    def scale(self, head_dim: int, scale: float | None) -> float | None:
-        """The scale of a call, for the number of its tokens where that is set."""
-        if not self.config.temperature_base:
-            return scale
-        length = self.grid.num_tokens * (1 if self.config.pool is None else POOLED_LENGTH)
-        factor = math.sqrt(math.log(length) / math.log(self.config.temperature_base))
-        return factor * (head_dim**-0.5 if scale is None else scale)
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """A token sees the keys in its circle, those of special tokens and the pooled ones."""
-        _, height, width = self.grid.shape
-        down = torch.arange(-height + 1, height, device="cpu")
-        right = torch.arange(-width + 1, width, device="cpu")
-        near = down[:, None] ** 2 + right**2 < self.config.radius**2
-        pairs = (near * (height - down.abs())[:, None] * (width - right.abs())).sum().item()
-        kept = kept_pairs(self.grid, pairs / (height * width) ** 2 / self.grid.frames)
-        return kept + self.grid.num_grid_tokens * self.num_pooled / self.grid.num_tokens**2
-
-
-def _tokens_held(length: int, side: int) -> Tensor:
-    """Tokens of each square along an axis, `[ceil(length / side)]`; the last may have fewer."""
-    return (length - torch.arange(0, length, side, device="cpu")).clamp(max=side)
+    def attend(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> tuple[Tensor, Pattern]:
+        """Attention with the scale of a call of so many tokens."""
+        if self.temperature_base:
+            length = layout.num_tokens * (1 if self.pool is None else POOLED_LENGTH)
+            factor = math.sqrt(math.log(length) / math.log(self.temperature_base))
+            call = call.with_scale(factor * call.factor)
+        return super().attend(site, layout, call, state)

@@ -12,15 +12,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from retrofit.kernels import neighborhood_attention
 from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite, Network
-from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.base import Method
 from retrofit.methods.run_state import RunState
 from retrofit.methods.window_sizes import covers
-from retrofit.runtime.errors import ConfigError, UnsupportedError
+from retrofit.patterns import AttentionCall, Dense, Halves, Neighborhood, Pattern, Reused
+from retrofit.runtime.errors import UnsupportedError
 from retrofit.runtime.intercept import Forward, Handler
 
 # What the two rows of a call do, as an integer that traced code can read.
@@ -51,6 +50,7 @@ class FreeSwimConfig(Method):
         "above the training size of the checkpoint (480x832 for Wan 2.1 1.3B); never below it"
     )
     acts_with: ClassVar[str] = "a smaller window_size"
+    enlarges: ClassVar[bool] = True
 
     window_size: tuple[int, int] = (31, 53)
     dual_path: bool = True
@@ -58,12 +58,8 @@ class FreeSwimConfig(Method):
     temperature_tokens: int = 3120
     temperature_base: int = 1560
 
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ConfigError: With every mistake at once.
-        """
+    def problems(self) -> list[str]:
+        """What is wrong with the settings."""
         problems = []
         if min(self.window_size) < 1:
             problems.append(f"window_size: expected at least 1 a side, got {self.window_size}.")
@@ -74,8 +70,7 @@ class FreeSwimConfig(Method):
                 "temperature_tokens, temperature_base: expected token counts, got "
                 f"{self.temperature_tokens} and {self.temperature_base}."
             )
-        if problems:
-            raise ConfigError(" ".join(problems))
+        return problems
 
     @property
     def needs_steps(self) -> bool:
@@ -83,8 +78,10 @@ class FreeSwimConfig(Method):
         return self.dual_path and self.cache_steps > 0
 
     def refuses(self, network: Network) -> str | None:
-        """Needs self-attention over a grid, and cross-attention to guide it."""
-        kinds = {site.kind for site in network.sites if site.grid_source is not None}
+        """Needs self-attention over the frames of a video, and cross-attention to guide it."""
+        if not network.has_frames:
+            return "it is for videos: it needs frames that follow one another in time"
+        kinds = {site.kind for site in network.sites if site.layout is not None}
         if "self" not in kinds:
             return "it needs self-attention over a grid of known height and width"
         if self.dual_path and "cross" not in kinds:
@@ -114,18 +111,34 @@ class FreeSwimConfig(Method):
         filled = any(name.startswith(f"{network.name}/") for name in state.store)
         return REUSE if filled and executed % self.cache_steps else FILL
 
-    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
-        """Windows or guided cross-attention, for the rows of this call."""
-        mode = self._present_mode(state, site.network)
+    def pattern(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> Pattern:
+        """Windows for self-attention; full attention in the second row of a guided call."""
+        mode, dense = self._present_mode(state, site.network), Dense(layout)
         if site.kind == "cross":
-            return _GuidedCross(name=f"{site.network}/{site.path}", mode=mode, state=state)
-        scale = None
+            parts = {WINDOW: dense, REUSE: Reused(layout=layout)}
+            return parts.get(mode, Halves(first=Reused(layout=layout), second=dense))
+        size = (layout.frames, *self.window_size)
+        if mode == WINDOW and not self.temperature_tokens and covers(layout.shape, size):
+            return dense
+        call.refuse_mask(self.name, "or `is_causal`")
+        call.refuse_causal(self.name)
+        windows = Neighborhood(layout=layout, window_size=size)
+        return Halves(first=windows, second=dense) if mode in (DUAL, FILL) else windows
+
+    def attend(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> tuple[Tensor, Pattern]:
+        """Guided cross-attention, or windows at the temperature of the size."""
+        if site.kind == "cross":
+            mode = self._present_mode(state, site.network)
+            out = _guide(call, mode, state, f"{site.network}/{site.path}")
+            return out, self.pattern(site, layout, call, state)
         if self.temperature_tokens:
             ratio = math.log(self.temperature_tokens) / math.log(self.temperature_base)
-            scale = math.sqrt(ratio / site.head_dim)
-        elif mode == WINDOW and covers(grid.shape, (grid.frames, *self.window_size)):
-            return DENSE
-        return _WindowRows(grid=grid, window_size=self.window_size, mode=mode, own_scale=scale)
+            call = call.with_scale(math.sqrt(ratio / site.head_dim))
+        return super().attend(site, layout, call, state)
 
     def _present_mode(self, state: RunState, network: str) -> int:
         if not self.dual_path:
@@ -157,99 +170,25 @@ class _AddGuideRow:
         return type(out)(sample=out.sample[:batch])
 
 
-@dataclass(frozen=True, kw_only=True)
-class _WindowRows:
-    """Self-attention: windows for the first half of the batch, full attention for the second."""
-
-    grid: TokenGrid
-    window_size: tuple[int, int]
-    mode: int
-    own_scale: float | None
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        if attn_mask is not None or is_causal:
-            raise UnsupportedError(
-                "freeswim: expected self-attention without a mask, got one. Leave that site out."
-            )
-        scale = scale if self.own_scale is None else self.own_scale
-        two_rows = self.mode in (DUAL, FILL)
-        batch = query.shape[0] // 2 if two_rows else query.shape[0]
-        windowed = neighborhood_attention(
-            query[:batch],
-            key[:batch],
-            value[:batch],
-            grid=self.grid,
-            window_size=(self.grid.frames, *self.window_size),
-            scale=scale,
-        )
-        if not two_rows:
-            return windowed
-        full = scaled_dot_product_attention(query[batch:], key[batch:], value[batch:], scale=scale)
-        return torch.cat([windowed, full])
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """Windows of the first row; the guiding row is dense."""
-        shape = zip((self.grid.height, self.grid.width), self.window_size, strict=True)
-        kept = math.prod(min(1.0, window / length) for length, window in shape)
-        return (kept + 1.0) / 2 if self.mode in (DUAL, FILL) else kept
-
-
-@dataclass(frozen=True, kw_only=True)
-class _GuidedCross:
+def _guide(call: AttentionCall, mode: int, state: RunState, name: str) -> Tensor:
     """Cross-attention: the second half's result for both, kept and taken as the mode says."""
-
-    name: str
-    mode: int
-    state: RunState
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        if self.mode == REUSE:
-            kept = self.state.store[self.name]
-            if kept.shape != query.shape:
-                raise UnsupportedError(
-                    f"{self.name}: expected queries {tuple(kept.shape)} as in the guided step, got "
-                    f"{tuple(query.shape)}. Size and batch must not change within a run."
-                )
-            return kept
-        if self.mode in (DUAL, FILL):
-            half = query.shape[0] // 2
-            query, key, value = query[half:], key[half:], value[half:]
-            attn_mask = attn_mask if attn_mask is None else _second_half(attn_mask)
-        out = scaled_dot_product_attention(
-            query, key, value, attn_mask, 0.0, is_causal, scale=scale
-        )
-        if self.mode == FILL:
-            self.state.store[self.name] = out
-        return out if self.mode == WINDOW else torch.cat([out, out])
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """Nothing is computed where it is reused; one of two rows where it guides."""
-        return {WINDOW: 1.0, REUSE: 0.0}.get(self.mode, 0.5)
+    if mode == REUSE:
+        kept = state.store[name]
+        if kept.shape != call.query.shape:
+            raise UnsupportedError(
+                f"{name}: expected queries {tuple(kept.shape)} as in the guided step, got "
+                f"{tuple(call.query.shape)}. Size and batch must not change within a run."
+            )
+        return kept
+    if mode in (DUAL, FILL):
+        call = call.rows(slice(call.query.shape[0] // 2, None))
+    out = call.attend_densely()
+    if mode == FILL:
+        state.store[name] = out
+    return out if mode == WINDOW else torch.cat([out, out])
 
 
 def _double(value: Any, batch: int) -> Any:
     """The batch twice over; anything that is not batched as it is."""
     batched = isinstance(value, Tensor) and value.ndim > 0 and value.shape[0] == batch
     return torch.cat([value, value]) if batched else value
-
-
-def _second_half(mask: Tensor) -> Tensor:
-    return mask if mask.shape[0] == 1 else mask[mask.shape[0] // 2 :]

@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from retrofit.kernels import window_attention
 from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite, Network
-from retrofit.methods.base import Method, Operator
+from retrofit.methods.base import Method
 from retrofit.methods.raunet import build_raunet_handlers, conv_level, is_deep_unet
 from retrofit.methods.run_state import RunState
-from retrofit.methods.window_sizes import check_causal
-from retrofit.runtime.errors import ConfigError
+from retrofit.patterns import AttentionCall, Pattern, Windows
 from retrofit.runtime.intercept import Handler
 
 SITES_PER_VALUE = 24  # two bits each, and a bit on top, in one 64-bit integer
@@ -55,6 +53,7 @@ class HiDiffusionConfig(Method):
     helps: ClassVar[str] = "above the training size (512x512 for SD 1.x, 1024x1024 for SDXL)"
     idle: ClassVar[str] = "its windows are off, and no feature is halved at this size and step"
     acts_with: ClassVar[str] = "windows set to true"
+    enlarges: ClassVar[bool] = True
 
     windows: bool = True
     raunet: bool = True
@@ -68,12 +67,8 @@ class HiDiffusionConfig(Method):
     upstream_resize: bool = False
     upstream_shift: bool = False
 
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ConfigError: With every mistake at once.
-        """
+    def problems(self) -> list[str]:
+        """What is wrong with the settings."""
         fractions = {
             "first_steps": self.first_steps,
             "second_steps": self.second_steps,
@@ -91,8 +86,7 @@ class HiDiffusionConfig(Method):
             )
         if not (self.windows or self.raunet):
             problems.append("windows, raunet: expected at least one of them on, got neither.")
-        if problems:
-            raise ConfigError(" ".join(problems))
+        return problems
 
     @property
     def needs_steps(self) -> bool:
@@ -109,6 +103,20 @@ class HiDiffusionConfig(Method):
             return "its config does not say the training size (sample_size)"
         return None
 
+    def explain_run(self, native: str, area: float, steps: int | None) -> str | None:
+        """Where nothing is halved."""
+        if not self.raunet:
+            return None
+        if area <= 1 and self.windows:
+            return f"at or below {native} {self.name} halves nothing, only windows act."
+        fraction = max(*self.first_steps, *self.second_steps)
+        if steps is None or int(steps * fraction) >= 1:
+            return None
+        return (
+            f"{self.name} halves the first {fraction:.0%} of the steps, which is none of {steps}. "
+            "Take more --steps, or raise first_steps with --set."
+        )
+
     def skips(self, site: AttentionSite, network: Network) -> str | None:
         """Windows act on the self-attention of the highest resolution that has any."""
         if site.kind != "self":
@@ -118,11 +126,33 @@ class HiDiffusionConfig(Method):
         top = next(level.index for level in network.levels if level.has_attention)
         return None if site.level == top else "below the top resolution"
 
-    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
+    def pattern(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> Pattern:
         """Windows of half the height and width, under this step's shift."""
+        height, width = (layout.height + 1) // 2, (layout.width + 1) // 2
+        choice = self.shift_choice(site, state)
+        shift = (0, height // 4 * choice, width // 4 * choice)
+        if self.upstream_shift and height // 4 == 0:
+            shift = (0, 0, 0)
+        return Windows(layout=layout, window_size=(1, height, width), shift=shift)
+
+    def attend(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> tuple[Tensor, Pattern]:
+        """Attention in windows, of resampled tokens where the original resamples them."""
+        even = TokenGrid(height=-(-layout.height // 2) * 2, width=-(-layout.width // 2) * 2)
+        if not self.upstream_resize or even.shape == layout.shape:
+            return super().attend(site, layout, call, state)
+        query, key, value = (_resize(x, layout, even) for x in (call.query, call.key, call.value))
+        resized = replace(call, query=query, key=key, value=value)
+        out, pattern = super().attend(site, even, resized, state)
+        return _resize(out, even, layout), pattern
+
+    def shift_choice(self, site: AttentionSite, state: RunState) -> int:
+        """Which of the four shifts a site has at this step."""
         packed = state.values[f"{site.network}/shifts{site.index // SITES_PER_VALUE}"]
-        choice = packed // 4 ** (site.index % SITES_PER_VALUE) % 4
-        return _ShiftedWindows(config=self, grid=grid, choice=choice)
+        return packed // 4 ** (site.index % SITES_PER_VALUE) % 4
 
     def schedule(
         self, state: RunState, network: Network, sites: Sequence[AttentionSite]
@@ -170,55 +200,6 @@ class HiDiffusionConfig(Method):
             generator = torch.Generator().manual_seed(self.seed * 100_003 + (state.step or 0))
             choices = torch.randint(4, (len(sites),), generator=generator).tolist()
         return _pack(network, sites, choices)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _ShiftedWindows:
-    config: HiDiffusionConfig
-    grid: TokenGrid
-    choice: int
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        check_causal(self.grid, is_causal, "hidiffusion")
-        height, width = self.grid.height, self.grid.width
-        window = ((height + 1) // 2, (width + 1) // 2)
-        resize = self.config.upstream_resize and (height % 2 or width % 2)
-        grid = self.grid
-        if resize:
-            grid = TokenGrid(height=2 * window[0], width=2 * window[1])
-            query, key, value = (_resize(x, self.grid, grid) for x in (query, key, value))
-        shift = (window[0] // 4 * self.choice, window[1] // 4 * self.choice)
-        if self.config.upstream_shift and window[0] // 4 == 0:
-            shift = (0, 0)
-        out = window_attention(
-            query,
-            key,
-            value,
-            grid=grid,
-            window_size=(1, *window),
-            shift=(0, *shift),
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-        )
-        return _resize(out, grid, self.grid) if resize else out
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """A token sees the tokens of its own window."""
-        kept = 1.0
-        for length in (self.grid.height, self.grid.width):
-            first = (length + 1) // 2
-            kept *= (first**2 + (length - first) ** 2) / length**2
-        return kept
 
 
 def _pack(

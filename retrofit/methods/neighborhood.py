@@ -10,24 +10,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
-from torch import Tensor
-
-from retrofit.kernels import neighborhood_attention
-from retrofit.layout.grid import TokenGrid, kept_pairs
+from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite
-from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.base import Method
 from retrofit.methods.run_state import RunState
 from retrofit.methods.window_sizes import (
     Size,
     check_at_least_one,
-    check_causal,
     check_window_settings,
     choose_neighborhood,
     covers,
     per_axis,
 )
-from retrofit.runtime.errors import ConfigError
+from retrofit.patterns import AttentionCall, Dense, Neighborhood, Pattern
 
 DEFAULT_KEEP = 0.25
 CausalAxes = tuple[bool, bool, bool]
@@ -64,12 +59,8 @@ class NeighborhoodConfig(Method):
     dilation: int | Size = 1
     is_causal: bool | CausalAxes = False
 
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ConfigError: With every mistake at once.
-        """
+    def problems(self) -> list[str]:
+        """What is wrong with the settings."""
         problems = check_window_settings(self.window_size, self.keep)
         problems += check_at_least_one("stride", self.stride)
         problems += check_at_least_one("dilation", self.dilation)
@@ -79,74 +70,33 @@ class NeighborhoodConfig(Method):
                 problems.append(
                     f"stride: expected at most window_size {self.window_size}, got {self.stride}."
                 )
-        if problems:
-            raise ConfigError(" ".join(problems))
+        return problems
+
+    def __post_init__(self) -> None:
+        """Check the settings, and fill in how much is kept where nothing says it."""
+        super().__post_init__()
         if self.window_size is None and self.keep is None:
             object.__setattr__(self, "keep", DEFAULT_KEEP)
 
-    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
-        """A neighborhood of every token of this grid."""
+    def pattern(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> Pattern:
+        """A neighborhood of every token of this layout."""
         if self.window_size is not None:
             size = per_axis(self.window_size)
         else:
             keep = DEFAULT_KEEP if self.keep is None else self.keep
-            size = choose_neighborhood(grid.shape, keep)
+            size = choose_neighborhood(layout.shape, keep)
         causal = self.is_causal
-        if not causal and covers(grid.shape, size):
-            return DENSE
-        return _Neighborhoods(
-            grid=grid,
+        if not causal and covers(layout.shape, size):
+            return Dense(layout)
+        return Neighborhood(
+            layout=layout,
             window_size=size,
             stride=_each(min, per_axis(self.stride), size),
-            dilation=_each(_fitting_dilation, per_axis(self.dilation), grid.shape, size),
+            dilation=_each(_fitting_dilation, per_axis(self.dilation), layout.shape, size),
             is_causal=(causal, causal, causal) if isinstance(causal, bool) else causal,
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Neighborhoods:
-    grid: TokenGrid
-    window_size: Size
-    stride: Size
-    dilation: Size
-    is_causal: CausalAxes
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        check_causal(self.grid, is_causal, "neighborhood")
-        return neighborhood_attention(
-            query,
-            key,
-            value,
-            grid=self.grid,
-            window_size=self.window_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            is_causal=tuple(is_causal or axis for axis in self.is_causal),
-            attn_mask=attn_mask,
-            scale=scale,
-        )
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """A token sees the keys of its window, and the special ones."""
-        kept = 1.0
-        for axis, length in enumerate(self.grid.shape):
-            kept *= _kept_on_axis(
-                length,
-                self.window_size[axis],
-                self.stride[axis],
-                self.dilation[axis],
-                self.is_causal[axis],
-            )
-        return kept_pairs(self.grid, kept)
 
 
 def _each(function: Callable[..., int], *sizes: Size) -> Size:
@@ -156,15 +106,3 @@ def _each(function: Callable[..., int], *sizes: Size) -> Size:
 
 def _fitting_dilation(dilation: int, length: int, window: int) -> int:
     return max(1, min(dilation, length // min(window, length)))
-
-
-def _kept_on_axis(length: int, window: int, stride: int, dilation: int, is_causal: bool) -> float:
-    """Fraction of an axis's pairs that are seen."""
-    place = torch.arange(length)
-    group_length = (length - place % dilation + dilation - 1) // dilation
-    if not is_causal:
-        return group_length.clamp(max=window).sum().item() / length**2
-    query = place // dilation
-    leader = torch.minimum(query // stride * stride + stride - 1, group_length - 1)
-    first = (leader - window + 1).clamp(min=0)
-    return (query - first + 1).sum().item() / length**2

@@ -11,16 +11,13 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from retrofit.kernels import window_attention
 from retrofit.kernels.grid_window import branches_coincide
-from retrofit.layout.grid import TokenGrid, kept_pairs
+from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite, Network
-from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.base import Method
 from retrofit.methods.run_state import RunState
-from retrofit.methods.window_sizes import Size, covers, partition_fraction, plain_shape
-from retrofit.runtime.errors import ConfigError, UnsupportedError
+from retrofit.methods.window_sizes import Size, covers, plain_shape
+from retrofit.patterns import AttentionCall, Dense, Mean, Pattern, Windows
 
 # Shapes of the planned boxes after the first: frames, as a fraction of all; area, in units of the
 # square root of a frame's tokens; height over width. They give the published cycle of the 4K grid
@@ -50,14 +47,10 @@ class T3Config(Method):
 
     cycle: tuple[Size, ...] | None = None
 
-    def __post_init__(self) -> None:
-        """Check the settings.
-
-        Raises:
-            ConfigError: With every mistake at once.
-        """
+    def problems(self) -> list[str]:
+        """What is wrong with the settings."""
         if self.cycle is None:
-            return
+            return []
         problems = [
             f"cycle[{i}]: expected 1 or more boxes an axis, got {counts}."
             for i, counts in enumerate(self.cycle)
@@ -65,27 +58,43 @@ class T3Config(Method):
         ]
         if not self.cycle:
             problems.append("cycle: expected at least one cut, got none. Leave it out to plan one.")
-        if problems:
-            raise ConfigError(" ".join(problems))
+        return problems
 
     def refuses(self, network: Network) -> str | None:
-        """Needs self-attention over a grid."""
-        if any(site.kind == "self" and site.grid_source is not None for site in network.sites):
+        """Needs self-attention over the frames of a video."""
+        if not network.has_frames:
+            return "it is for videos: it needs frames that follow one another in time"
+        if any(site.kind == "self" and site.layout is not None for site in network.sites):
             return None
         return "it needs self-attention over a grid of known height and width"
 
-    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
+    def pattern(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> Pattern:
         """The boxes of this site's place in the cycle."""
+        call.refuse_causal("t3")
         if self.cycle is None:
-            counts = plan_counts(grid.shape, site.index)
+            counts = plan_counts(layout.shape, site.index)
         else:
             counts = self.cycle[site.index % len(self.cycle)]
-        frames, height, width = (
-            -(-length // min(count, length))
-            for length, count in zip(grid.shape, counts, strict=True)
-        )
-        size = (frames, height, width)
-        return DENSE if covers(grid.shape, size) else Boxes(grid=grid, window_size=size)
+        return boxes(layout, counts)
+
+
+def boxes(layout: TokenGrid, counts: Size) -> Pattern:
+    """Contiguous boxes and strided ones of the same number, `counts` of them on each axis.
+
+    One of the two where both hold the same tokens.
+    """
+    frames, height, width = (
+        -(-length // min(count, length)) for length, count in zip(layout.shape, counts, strict=True)
+    )
+    size = (frames, height, width)
+    if covers(layout.shape, size):
+        return Dense(layout)
+    near = Windows(layout=layout, window_size=size)
+    if branches_coincide(layout, size):
+        return near
+    return Mean(parts=(near, Windows(layout=layout, window_size=size, strided=True)))
 
 
 def plan_counts(shape: Size, index: int) -> Size:
@@ -115,73 +124,3 @@ def _count_near(length: int, side: float) -> int:
     if dividing:
         return length // min(dividing, key=lambda size: max(size / side, side / size))
     return min(length, max(1, round(length / side)))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Boxes:
-    """The mean of attention inside contiguous boxes and inside strided ones of the same number."""
-
-    grid: TokenGrid
-    window_size: Size
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        """Attend, tensors `[B, H, S, D]`.
-
-        Raises:
-            UnsupportedError: If the call is causal.
-        """
-        if is_causal:
-            raise UnsupportedError(
-                "t3: expected attention without `is_causal`, got it. Leave that site out with "
-                "`sites`."
-            )
-        near = self.attend(query, key, value, attn_mask, scale, strided=False)
-        if branches_coincide(self.grid, self.window_size):
-            return near
-        return (near + self.attend(query, key, value, attn_mask, scale, strided=True)) / 2
-
-    def attend(  # noqa: PLR0913 - an attention call
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        attn_mask: Tensor | None,
-        scale: float | None,
-        *,
-        strided: bool,
-    ) -> Tensor:
-        """Attention inside one kind of box."""
-        return window_attention(
-            query,
-            key,
-            value,
-            grid=self.grid,
-            window_size=self.window_size,
-            strided=strided,
-            attn_mask=attn_mask,
-            scale=scale,
-        )
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """Work of both kinds of box, pairs that are in both twice; of one where they coincide."""
-        near = math.prod(map(partition_fraction, self.grid.shape, self.window_size))
-        if branches_coincide(self.grid, self.window_size):
-            return kept_pairs(self.grid, near)
-        far = math.prod(map(_strided_fraction, self.grid.shape, self.window_size))
-        return kept_pairs(self.grid, near) + kept_pairs(self.grid, far)
-
-
-def _strided_fraction(length: int, window: int) -> float:
-    """Fraction of an axis's pairs inside strided boxes."""
-    count = -(-length // window)
-    size, longer = divmod(length, count)
-    return (longer * (size + 1) ** 2 + (count - longer) * size**2) / length**2

@@ -10,23 +10,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor
-
-from retrofit.kernels import window_attention
-from retrofit.layout.grid import TokenGrid, kept_pairs
+from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite
-from retrofit.methods.base import DENSE, Method, Operator
+from retrofit.methods.base import Method
 from retrofit.methods.run_state import RunState
 from retrofit.methods.window_sizes import (
     Size,
-    check_causal,
     check_window_settings,
     choose_partition,
     covers,
-    partition_fraction,
     per_axis,
 )
-from retrofit.runtime.errors import ConfigError
+from retrofit.patterns import AttentionCall, Dense, Pattern, Windows
 
 DEFAULT_KEEP = 0.5
 
@@ -57,66 +52,31 @@ class WindowConfig(Method):
     keep: float | None = None
     shift: bool = False
 
-    def __post_init__(self) -> None:
-        """Check the settings.
+    def problems(self) -> list[str]:
+        """What is wrong with the settings."""
+        return check_window_settings(self.window_size, self.keep)
 
-        Raises:
-            ConfigError: With every mistake at once.
-        """
-        problems = check_window_settings(self.window_size, self.keep)
-        if problems:
-            raise ConfigError(" ".join(problems))
+    def __post_init__(self) -> None:
+        """Check the settings, and fill in how much is kept where nothing says it."""
+        super().__post_init__()
         if self.window_size is None and self.keep is None:
             object.__setattr__(self, "keep", DEFAULT_KEEP)
 
-    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> Operator:
-        """Windows of this grid, shifted at every second site."""
+    def pattern(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> Pattern:
+        """Windows of this layout, shifted at every second site."""
         if self.window_size is not None:
             size = per_axis(self.window_size)
         else:
             keep = DEFAULT_KEEP if self.keep is None else self.keep
-            size = choose_partition(grid.shape, keep)
-        if covers(grid.shape, size):
-            return DENSE
+            size = choose_partition(layout.shape, keep)
+        if covers(layout.shape, size):
+            return Dense(layout)
         shift = (0, 0, 0)
         if self.shift and site.index % 2:
-            shift = _half_windows(grid.shape, size)
-        return _Windows(grid=grid, window_size=size, shift=shift)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Windows:
-    grid: TokenGrid
-    window_size: Size
-    shift: Size
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        check_causal(self.grid, is_causal, "window")
-        return window_attention(
-            query,
-            key,
-            value,
-            grid=self.grid,
-            window_size=self.window_size,
-            shift=self.shift,
-            attn_mask=attn_mask,
-            is_causal=is_causal,
-            scale=scale,
-        )
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        """A token sees the tokens of its own window, and the special ones."""
-        frames, height, width = map(partition_fraction, self.grid.shape, self.window_size)
-        return kept_pairs(self.grid, frames * height * width)
+            shift = _half_windows(layout.shape, size)
+        return Windows(layout=layout, window_size=size, shift=shift)
 
 
 def _half_windows(shape: Size, window_size: Size) -> Size:

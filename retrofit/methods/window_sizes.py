@@ -9,9 +9,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from retrofit.layout.grid import TokenGrid
-from retrofit.runtime.errors import UnsupportedError
-
 Size = tuple[int, int, int]
 
 
@@ -49,19 +46,6 @@ def check_keep(keep: float | None) -> list[str]:
     if keep is not None and not 0 < keep <= 1:
         return [f"keep: expected 0 < keep <= 1, the fraction that remains, got {keep}."]
     return []
-
-
-def check_causal(grid: TokenGrid, is_causal: bool, method: str) -> None:
-    """Refuse a causal call anywhere but on a plain sequence, where "after" means one thing.
-
-    Raises:
-        UnsupportedError: If the call is causal and the grid has more than one axis.
-    """
-    if is_causal and (grid.frames > 1 or grid.height > 1 or grid.num_special_tokens):
-        raise UnsupportedError(
-            f"{method}: expected attention without `is_causal` on the grid {grid}, got it. "
-            "Leave that site out with `sites`."
-        )
 
 
 def partition_fraction(length: int, window: int) -> float:

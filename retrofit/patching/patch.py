@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from retrofit.layout.sites import Network
+from retrofit.layout.sites import LEARNED, Network
 from retrofit.methods import METHODS, Method
-from retrofit.patching.handlers import AttendAtSite, GuardRoot
+from retrofit.patching.control import Control, Observer
+from retrofit.patching.guard import GuardRoot
 from retrofit.patching.installing import install_network
 from retrofit.patching.networks import FoundNetwork, find_networks, is_pipeline
-from retrofit.patching.recipe import Recipe, default_recipe, with_parameters
+from retrofit.patching.observers import KeepObserver
+from retrofit.patching.recipe import Recipe, default_recipe
 from retrofit.patching.schedulers import ScheduledState
-from retrofit.patching.selection import (
-    SkippedSite,
-    check_globs,
-    choose_sites,
-)
+from retrofit.patching.selection import SkippedSite, check_globs, choose_sites
+from retrofit.patching.settings import with_parameters
+from retrofit.patching.sites import AttendAtSite
 from retrofit.runtime.errors import ConfigError, UnsupportedError
 from retrofit.runtime.intercept import Handler, install, uninstall
 
@@ -58,6 +58,8 @@ class Patch:
         recipe: What was installed.
         report: What matched, and what did not and why.
         state: Step, branch and derived integers; see `at_step`.
+        control: Whether it is on, and who watches; shared by its handlers.
+        kept: What `measuring` recorded last.
         sites: The handlers of the patched sites by path, with their counters.
         networks: What was patched, with its description.
         roots: What guards each of them.
@@ -69,9 +71,11 @@ class Patch:
         """Start with nothing installed; `patch` is what users call."""
         self.recipe = recipe
         self.state = ScheduledState()
+        self.control = Control()
+        self.kept: KeepObserver | None = None
         self.sites: dict[str, AttendAtSite] = {}
         self.report = PatchReport(
-            method=recipe.method.name, families=(), patched=(), skipped=(), changed=()
+            method=recipe.methods, families=(), patched=(), skipped=(), changed=()
         )
         self.networks: list[tuple[FoundNetwork, Network]] = []
         self.roots: list[GuardRoot] = []
@@ -95,21 +99,76 @@ class Patch:
         self.state.at_step(step, num_steps, branch)
 
     @contextmanager
-    def measuring(self) -> Iterator[dict[str, AttendAtSite]]:
-        """While entered, every eager call records the fraction of pairs it kept."""
-        for site in self.sites.values():
-            site.measure = True
-            site.counts.keep.clear()
+    def disabled(self) -> Iterator[None]:
+        """While entered, the model is the dense one, bit for bit: the teacher of a fine-tune.
+
+        It costs nothing to enter. A backward runs checkpointed parts again as in the latest forward
+        with gradients, wherever it is called.
+        """
+        before = self.control.is_enabled
+        self.control.is_enabled = False
         try:
-            yield self.sites
+            yield
         finally:
-            for site in self.sites.values():
-                site.measure = False
+            self.control.is_enabled = before
+
+    @contextmanager
+    def observe(self, observer: Observer) -> Iterator[None]:
+        """While entered, every eager call of a patched site is told to an observer."""
+        self.control.observers.append(observer)
+        try:
+            yield
+        finally:
+            self.control.observers.remove(observer)
+
+    @contextmanager
+    def measuring(self) -> Iterator[KeepObserver]:
+        """While entered, every eager call records the fraction of pairs it kept."""
+        self.kept = KeepObserver()
+        with self.observe(self.kept):
+            yield self.kept
 
     def keep_measured(self) -> float | None:
         """Mean of the kept fractions recorded by `measuring`, None when nothing was."""
-        kept = [keep for site in self.sites.values() for keep in site.counts.keep]
-        return sum(kept) / len(kept) if kept else None
+        return None if self.kept is None else self.kept.mean()
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Learned parts and tables by site and rule; empty for methods that have none."""
+        return {
+            f"{where}.{i}.{name}": tensor
+            for where, site in self.sites.items()
+            for i, rule in enumerate(site.rules)
+            if rule.learned is not None
+            for name, tensor in rule.learned.state_dict().items()
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Put back what `state_dict` gave.
+
+        Raises:
+            ConfigError: If a tensor is missing, unknown, or of another shape.
+        """
+        own = self.state_dict()
+        for name in sorted(own.keys() ^ state.keys()):
+            what = "has no tensor" if name in own else "has an unknown tensor"
+            raise ConfigError(
+                f"learned parts: {what} {name!r}. Use those of this recipe and model."
+            )
+        for name, tensor in own.items():
+            if state[name].shape != tensor.shape:
+                raise ConfigError(
+                    f"learned parts: {name}: expected shape {list(tensor.shape)}, got "
+                    f"{list(state[name].shape)}. Use those of this recipe and model."
+                )
+        for name, tensor in own.items():
+            tensor.copy_(state[name])
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Of the learned parts, for an optimizer."""
+        for site in self.sites.values():
+            for rule in site.rules:
+                if rule.learned is not None:
+                    yield from rule.learned.parameters()
 
     def changes_nothing(self) -> bool:
         """Whether all that has been run so far was just what the dense model does.
@@ -129,6 +188,7 @@ class Patch:
         """Undo everything; the model is bit for bit what it was. Doing it twice is harmless."""
         for module in self.modules:
             uninstall(module)
+            module._modules.pop(LEARNED, None)
         for module in self.contexts:
             module.__dict__.pop("cache_context", None)
         self.state.detach()
@@ -158,7 +218,7 @@ class Patch:
     @property
     def owner(self) -> str:
         """How messages name this patch."""
-        return f"retrofit's {self.recipe.method.name} (patch {id(self):x})"
+        return f"retrofit's {self.recipe.methods} (patch {id(self):x})"
 
 
 def patch(
@@ -199,6 +259,8 @@ def patch(
     handle = Patch(recipe)
     try:
         _install_all(handle, found)
+        if recipe.learned is not None:
+            handle.load_state_dict(recipe.learned)
     except BaseException:
         handle.remove()
         raise
@@ -221,7 +283,7 @@ def _resolve(
     if isinstance(what, str):
         recipe = default_recipe(what, found[0].family.name)
     else:
-        recipe = what if isinstance(what, Recipe) else Recipe(method=what)
+        recipe = what if isinstance(what, Recipe) else Recipe.of(what)
     if recipe.family not in (None, *(network.family.name for network in found)):
         raise UnsupportedError(
             f"{recipe.name}: written for family {recipe.family!r}, got {found[0].family.name!r}. "
@@ -229,43 +291,48 @@ def _resolve(
         )
     if parameters:  # what a shipped recipe says of itself need not be true of the new settings
         method = with_parameters(recipe.method, parameters)
-        recipe = replace(recipe, method=method, description="")
-    return replace(
-        recipe,
-        sites=tuple(sites) or recipe.sites,
-        components=tuple(components) or recipe.components,
-    )
+        rule = replace(recipe.rules[0], method=method)
+        recipe = replace(recipe, rules=(rule,), description="")
+    if sites:
+        _ = recipe.method  # globs for all sites make no sense of several rules
+        recipe = replace(recipe, rules=(replace(recipe.rules[0], sites=tuple(sites)),))
+    return replace(recipe, components=tuple(components) or recipe.components)
 
 
 def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
-    method = handle.recipe.method
+    rules = handle.recipe.rules
     described = [(n, n.family.describe(n.module).named(n.name)) for n in found]
-    fitting = [(n, d) for n, d in described if method.refuses(d) is None]
-    if not fitting:
-        reasons = "; ".join(f"{n.where('')}: {method.refuses(d)}" for n, d in described)
-        others = [name for name, other in METHODS.items() if _fits_any(other, described)]
-        raise UnsupportedError(
-            f"{method.name} does not fit this model ({reasons}). "
-            f"Methods that do: {', '.join(others) or 'none'}."
-        )
-    paths = [n.where(s.path) for n, d in described for s in d.sites]
-    check_globs(handle.recipe.sites, paths)
+    for rule in rules:
+        _refuse_unfit(rule.method, described)
+        paths = [n.where(s.path) for n, d in described for s in d.sites]
+        check_globs(rule.sites, paths)
     patched: list[str] = []
     skipped: list[SkippedSite] = []
     changed: list[str] = []
+    acting: set[int] = set()
     for network, description in described:
         taken = choose_sites(handle.recipe, network, description, skipped)
-        extra = () if method.refuses(description) else method.handlers(description, handle.state)
+        extra: list[tuple[str, Handler]] = []
+        for i, rule in enumerate(rules):
+            own = (
+                ()
+                if rule.method.refuses(description)
+                else (rule.method.handlers(description, handle.state))
+            )
+            extra += own
+            if own or any(rule in found.rules for found in taken):
+                acting.add(i)
         if taken or extra:
             install_network(handle, network, description, taken, extra)
-            patched += [network.where(site.path) for site in taken]
+            patched += [network.where(found.site.path) for found in taken]
             changed += [network.where(path) for path, _ in extra]
-    if not patched and not changed:
+    idle = [rule for i, rule in enumerate(rules) if i not in acting]
+    if idle:
         reasons = "; ".join(sorted({skip.reason for skip in skipped})) or "it has no attention"
-        raise UnsupportedError(f"{method.name}: nothing to patch ({reasons}).")
+        raise UnsupportedError(f"{idle[0].method.name}: nothing to patch ({reasons}).")
     families = tuple(dict.fromkeys(network.family.name for network, _ in handle.networks))
     handle.report = PatchReport(
-        method=method.name,
+        method=handle.recipe.methods,
         families=families,
         patched=tuple(patched),
         skipped=tuple(skipped),
@@ -273,6 +340,19 @@ def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
     )
     for root in handle.roots:
         root.installed = handle.recipe, handle.report
+
+
+def _refuse_unfit(method: Method, described: list[tuple[FoundNetwork, Network]]) -> None:
+    """Refuse a method that fits none of the networks."""
+    reasons = {n.where(""): method.refuses(d) for n, d in described}
+    if None in reasons.values():
+        return
+    others = [name for name, other in METHODS.items() if _fits_any(other, described)]
+    raise UnsupportedError(
+        f"{method.name} does not fit this model "
+        f"({'; '.join(f'{where}: {reason}' for where, reason in reasons.items())}). "
+        f"Methods that do: {', '.join(others) or 'none'}."
+    )
 
 
 def _fits_any(config: type[Method], described: list[tuple[FoundNetwork, Network]]) -> bool:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from retrofit.layout.sites import AttentionSite, Network
 from retrofit.patching.networks import FoundNetwork
-from retrofit.patching.recipe import Recipe
-from retrofit.runtime.errors import AlreadyPatchedError, NotFoundError, UnsupportedError, suggest
+from retrofit.patching.recipe import Recipe, Rule
+from retrofit.runtime.errors import (
+    AlreadyPatchedError,
+    ConfigError,
+    NotFoundError,
+    UnsupportedError,
+    suggest,
+)
 from retrofit.runtime.intercept import find_interceptor
 
 
@@ -21,30 +28,47 @@ class SkippedSite:
     reason: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class TakenSite:
+    """A site, and the rules that act on it."""
+
+    site: AttentionSite
+    rules: tuple[Rule, ...]
+
+
 def choose_sites(
     recipe: Recipe, network: FoundNetwork, description: Network, skipped: list[SkippedSite]
-) -> list[AttentionSite]:
+) -> list[TakenSite]:
     """The sites of a network to patch; the others are added to `skipped` with their reason.
 
     Raises:
         UnsupportedError: If a chosen site never reaches the interception point.
+        ConfigError: If two rules act on the same heads and steps of a site, or a head is not there.
     """
-    method = recipe.method
-    refusal = method.refuses(description)
+    refusals = [rule.method.refuses(description) for rule in recipe.rules]
     taken = []
     for site in description.sites:
         where = network.where(site.path)
-        reason = refusal or method.skips(site, description)
-        if reason is None and not _selected(where, recipe.sites):
-            reason = "not selected"
-        if reason is None and site.path in description.unreachable:
+        rules: list[Rule] = []
+        reasons: list[str] = []
+        for rule, refusal in zip(recipe.rules, refusals, strict=True):
+            reason = refusal or rule.method.skips(site, description)
+            if reason is None and not _selected(where, rule.sites):
+                reason = "not selected"
+            if reason is None:
+                rules.append(rule)
+            else:
+                reasons.append(reason)
+        if rules and site.path in description.unreachable:
             raise UnsupportedError(
                 f"{where}: {description.unreachable[site.path]}. Switch the model to PyTorch's "
                 "own attention, or leave the site out with `sites`."
             )
-        if reason is None:
-            taken.append(site)
+        if rules:
+            _refuse_overlap(where, site, rules)
+            taken.append(TakenSite(site=site, rules=tuple(rules)))
         else:
+            reason = "; ".join(dict.fromkeys(reasons))
             skipped.append(SkippedSite(path=where, reason=reason))
     for path, reason in description.unreachable.items():
         if all(path != site.path for site in description.sites):
@@ -52,10 +76,32 @@ def choose_sites(
     return taken
 
 
-def refuse_nested(network: FoundNetwork, taken: list[AttentionSite]) -> None:
+def _refuse_overlap(where: str, site: AttentionSite, rules: Sequence[Rule]) -> None:
+    """Refuse rules of which two would have to take one call, and heads that a site lacks."""
+    for rule in rules:
+        if rule.heads and max(rule.heads) >= site.num_heads:
+            raise ConfigError(
+                f"{where}: heads: expected numbers below {site.num_heads}, the heads of this site, "
+                f"got {max(rule.heads)} in the rule of {rule.method.name}."
+            )
+    for first, second in itertools.combinations(rules, 2):
+        if first.overlaps(second):
+            raise ConfigError(
+                f"{where}: expected one rule for a head and a step, got {first.method.name} "
+                f"(sites {_spell(first)}) and {second.method.name} (sites {_spell(second)}). Give "
+                "them sites, heads or steps that don't overlap."
+            )
+
+
+def _spell(rule: Rule) -> str:
+    return ", ".join(rule.sites) or "all"
+
+
+def refuse_nested(network: FoundNetwork, taken: Sequence[TakenSite]) -> None:
     """Refuse a site inside another one, whose mode would catch the inner operator's own call."""
-    paths = {site.path for site in taken}
-    for site in taken:
+    sites = [found.site for found in taken]
+    paths = {site.path for site in sites}
+    for site in sites:
         parts = site.path.split(".")
         for length in range(1, len(parts)):
             outer = ".".join(parts[:length])

@@ -13,6 +13,8 @@ from pathlib import Path
 from platform import machine, platform, python_version
 from typing import Any
 
+from retrofit.runtime.machine import OtherPrograms, load_average
+
 LIBRARIES = (
     "torch",
     "triton",
@@ -45,10 +47,11 @@ class Finding:
 
 def examine() -> dict[str, list[Finding]]:
     """Look at everything; each section is a list of findings."""
+    others = OtherPrograms()
     return {
         "libraries": examine_libraries(),
         "devices": examine_devices(),
-        "room": examine_room(),
+        "room": [*examine_room(), examine_load(others)],
         "backends": examine_backends(),
     }
 
@@ -83,17 +86,20 @@ def examine_devices() -> list[Finding]:
     """GPUs, and why there is none."""
     import torch
 
+    from retrofit.runtime.devices import device_name, on_accelerator, pick_device
+    from retrofit.runtime.memory import memory_info
+
     found = []
-    for i in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        free, total = torch.cuda.mem_get_info(i)
-        capability = ".".join(map(str, torch.cuda.get_device_capability(i)))
-        text = (
-            f"{torch.cuda.get_device_name(i)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, "
-            f"capability {capability}"
-        )
-        found.append(Finding(what=f"cuda:{i}", ok=True, found=text))
-    if torch.backends.mps.is_available():
-        found.append(Finding(what="mps", ok=True, found="Apple GPU: PyTorch routes only"))
+    kind = pick_device(None)
+    for i in range(torch.accelerator.device_count() if on_accelerator(kind) else 0):
+        device = f"{kind}:{i}"
+        free, total = memory_info(device)
+        text = f"{device_name(device)}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, "
+        if kind == "cuda":
+            text += "capability " + ".".join(map(str, torch.cuda.get_device_capability(i)))
+        else:
+            text += "PyTorch routes only"
+        found.append(Finding(what=device, ok=True, found=text))
     if not found:
         found.append(_why_no_gpu(torch))
     threads = torch.get_num_threads()
@@ -120,6 +126,21 @@ def examine_room() -> list[Finding]:
         fix = "" if usage.free > 1e9 else "free some space: a copy of a checkpoint needs its size"
         found.append(Finding(what=what, ok=not fix, found=text, fix=fix))
     return found
+
+
+def examine_load(others: OtherPrograms) -> Finding:
+    """What other programs take: times measured beside them say little."""
+    cores = os.cpu_count() or 1
+    held = others.cores()
+    now = "" if held is None else f", other programs hold {held:.1f} of {cores} cores now"
+    busy = (
+        ": busy, so what is timed now takes longer; --threads 1 suffers least"
+        if others.crowd("cpu")
+        else ""
+    )
+    load = load_average()
+    said = "load unknown" if load is None else f"load {load} in the last minute"
+    return Finding(what="other programs", ok=True, found=f"{said}{now}{busy}")
 
 
 def examine_backends() -> list[Finding]:

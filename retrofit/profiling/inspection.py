@@ -22,8 +22,8 @@ from retrofit.families.examples import Examples, InputSize
 from retrofit.layout.picture_sizes import refuse_off_grid
 from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods import METHODS
-from retrofit.patching.handlers import UNREACHED
 from retrofit.patching.networks import FoundNetwork, find_networks, module_of
+from retrofit.patching.sites import UNREACHED
 from retrofit.runtime.errors import InputError
 from retrofit.runtime.intercept import ReplaceFunction, install, uninstall
 
@@ -252,9 +252,17 @@ def _network_size(
         )
     if pixels > 1 and "frames" not in examples.axes:  # video pipelines round sizes themselves
         refuse_off_grid(asked.width, asked.height, pixels * examples.packed)
-    return InputSize(
+    size = InputSize(
         height=-(-asked.height // pixels), width=-(-asked.width // pixels), frames=frames
     )
+    least = examples.least(network.module)
+    if size.height < least.height or size.width < least.width:
+        raise InputError(
+            f"--size {asked.width}x{asked.height}: expected {least.width * pixels}x"
+            f"{least.height * pixels} pixels or more, which are one token of {where}, got fewer. "
+            "Take a larger one."
+        )
+    return size
 
 
 def _latent_scale(checkpoint: Checkpoint, network: FoundNetwork) -> tuple[int, int] | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -22,10 +21,13 @@ from retrofit.checkpoints.opening import load_networks
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
 from retrofit.reconstruct.fitting import Fitting, running_dtype, stored_dtype
-from retrofit.reconstruct.memory import MemoryModel, available_memory
+from retrofit.reconstruct.memory import MemoryModel
 from retrofit.reconstruct.scene import Scene, to_scene
+from retrofit.runtime.devices import on_accelerator
 from retrofit.runtime.errors import InputError, RetrofitError, UnsupportedError
 from retrofit.runtime.intercept import find_interceptor
+from retrofit.runtime.memory import memory_info
+from retrofit.runtime.timing import timed
 
 Progress = Callable[[str, int, int], None]
 HEADS = ("camera_head.", "point_head.", "depth_head.", "conf_head.", "image_")
@@ -149,10 +151,10 @@ class Reconstructor:
             (images.shape[-2], images.shape[-1]),
             dtype_of=self._dtype_of,
             frames_per_chunk=self.settings.frames_per_chunk,
-            offload=self.settings.offload and self.settings.device != "cpu",
+            offload=self.settings.offload and on_accelerator(self.settings.device),
             prepare=None if self.what is None else self._patch_in,
         )
-        needed, available = model.need(len(images)), available_memory(self.settings.device)
+        needed, available = model.need(len(images)), memory_info(self.settings.device)[0]
         if needed > available:
             fitting = model.fitting(available)
             advice = "Take fewer views, a smaller --size"
@@ -205,20 +207,19 @@ class Reconstructor:
         model = self.open()
         measuring = self._patch.measuring() if self._patch is not None else nullcontext()
         given = images[None].to(self.settings.device)
-        start = time.perf_counter()
+        run = functools.partial(
+            model,
+            given,
+            frames_per_chunk=self.settings.frames_per_chunk,
+            offload=self.settings.offload,
+        )
         with torch.inference_mode(), measuring, _counting_blocks(model, tell):
-            predictions = model(
-                given,
-                frames_per_chunk=self.settings.frames_per_chunk,
-                offload=self.settings.offload,
-            )
-        if given.is_cuda:
-            torch.cuda.synchronize(given.device)
+            predictions, seconds = timed(run, given.device)
         return Result(
             scene=to_scene(predictions, images, fits),
             network=self.name,
             patch=self._patch,
-            seconds=time.perf_counter() - start,
+            seconds=seconds,
             predicted_bytes=needed,
         )
 

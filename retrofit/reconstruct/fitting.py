@@ -12,6 +12,7 @@ from retrofit.architectures.images import FitMode, ImageFit, load_images
 from retrofit.architectures.recognition import network_class
 from retrofit.checkpoints import Checkpoint
 from retrofit.checkpoints.opening import check_weights
+from retrofit.runtime.devices import on_accelerator
 from retrofit.runtime.errors import InputError
 
 PI3_PIXELS = 255_000  # of a photo, at most, at the width that Pi3 was trained at
@@ -92,6 +93,6 @@ def running_dtype(checkpoint: Checkpoint, device: str, asked: str | None) -> str
 
     A CPU computes in half precisions slowly, so that they become float32 there unless asked for.
     """
-    if asked is not None or not device.startswith("cpu"):
+    if asked is not None or on_accelerator(device):
         return asked
     return "float32" if stored_dtype(checkpoint) in ("float16", "bfloat16") else None

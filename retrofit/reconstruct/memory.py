@@ -6,58 +6,15 @@ counted from its making to its end.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
-from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from retrofit.profiling.cost.trace import tracing
 
 MOST_VIEWS = 4096
-
-
-class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all storages made while it is on, and the most at one time."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage())
-        return out
-
-    def _note(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key in self._known:
-            return
-        self._known.add(key)
-        self.live += size
-        self.peak = max(self.peak, self.live)
-        weakref.finalize(storage, self._forget, key, size)
-
-    def _forget(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
-
-
-class _FusedAttention(TorchFunctionMode):
-    """Attention as a fused kernel leaves it: nothing but its output."""
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is scaled_dot_product_attention:
-            query, value = args[0], args[2]
-            return query.new_empty(*query.shape[:-1], value.shape[-1])
-        return func(*args, **(kwargs or {}))
 
 
 class MemoryModel:
@@ -96,21 +53,14 @@ class MemoryModel:
         self.offload = offload
         self._known: dict[int, int] = {}
 
-    @property
-    def weights(self) -> int:
-        """Bytes of the network itself."""
-        return sum(tensor.numel() * tensor.element_size() for _, tensor in self._tensors())
-
     def need(self, views: int) -> int:
         """Bytes at the peak for so many views, weights included."""
         if views not in self._known:
-            counter = _LiveBytes()
-            with torch.inference_mode(), torch.device("meta"), _FusedAttention(), counter:
+            with tracing(self.network) as trace:
                 images = torch.empty(1, views, 3, *self.image_size)
-                result = self.network(images, frames_per_chunk=self.frames_per_chunk)
-            del result
+                self.network(images, frames_per_chunk=self.frames_per_chunk)
             away = views * self._offloaded() if self.offload else 0
-            self._known[views] = self.weights + counter.peak - away
+            self._known[views] = trace.peak_bytes - away
         return self._known[views]
 
     def fitting(self, available: int) -> int:
@@ -137,13 +87,3 @@ class MemoryModel:
         element = self.network.aggregator.camera_token.element_size()
         layers = len(self.network.config.tapped_layers)
         return layers * tokens * 2 * aggregator.embed_dim * element
-
-
-def available_memory(device: str) -> int:
-    """Bytes that can still be taken on a device."""
-    if device.startswith("cuda"):
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free)
-    import psutil
-
-    return int(psutil.virtual_memory().available)

@@ -16,6 +16,7 @@ from retrofit.architectures.cameras import (
 )
 from retrofit.architectures.images import ImageFit
 from retrofit.runtime.errors import NonFiniteError, UnsupportedError
+from retrofit.runtime.finite import is_finite
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +84,7 @@ def to_scene(predictions: dict[str, Any], images: Tensor, fits: list[ImageFit]) 
     }
     parts = _from_pi3(found) if "local_points" in found else _from_vggt(found, images)
     for name, value in parts.items():
-        if not bool(torch.isfinite(value).all()):
+        if not is_finite(value):
             raise NonFiniteError(
                 f"reconstruct: NaN or infinity in {name}. Use --dtype float32 or bfloat16, and "
                 "check that the checkpoint is a trained one."

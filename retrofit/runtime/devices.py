@@ -1,13 +1,20 @@
-"""Devices: which one to run on, and where a network is and in which dtype it computes."""
+"""Devices: which one to run on, what it is called, and in which dtype a network on it computes.
+
+Whatever accelerator PyTorch was built for is meant, by `torch.accelerator`: CUDA, ROCm, XPU, MPS.
+"""
 
 from __future__ import annotations
 
 from collections import Counter
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from retrofit.runtime.errors import UnsupportedError
+from retrofit.runtime.machine import processor_name
+
+Device = str | torch.device
 
 
 def main_parameter(module: nn.Module) -> Tensor:
@@ -25,7 +32,7 @@ def main_parameter(module: nn.Module) -> Tensor:
 
 
 def pick_device(asked: str | None, *, fall_back: bool = False) -> str:
-    """The device to run on: the GPU where there is one.
+    """The device to run on: the accelerator where there is one.
 
     Args:
         asked: What the user or a record says; None chooses.
@@ -34,10 +41,9 @@ def pick_device(asked: str | None, *, fall_back: bool = False) -> str:
     Raises:
         UnsupportedError: If there is no such device.
     """
-    import torch
-
     if asked is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        accelerator = torch.accelerator.current_accelerator(check_available=True)
+        return "cpu" if accelerator is None else accelerator.type
     try:
         torch.empty(1, device=asked)
         if torch.device(asked).type == "cpu" and torch.device(asked).index:
@@ -51,3 +57,36 @@ def pick_device(asked: str | None, *, fall_back: bool = False) -> str:
             "says what there is."
         ) from error
     return asked
+
+
+def on_accelerator(device: Device) -> bool:
+    """Whether a device computes beside the CPU, which does not wait for it."""
+    return torch.device(device).type not in ("cpu", "meta")
+
+
+def synchronize(device: Device) -> None:
+    """Wait until a device has done all that it was given."""
+    if on_accelerator(device):
+        torch.accelerator.synchronize(device)
+
+
+def device_name(device: Device) -> str:
+    """As reports name it: the card's or the processor's name, `mps` for what has no other."""
+    if not on_accelerator(device):
+        return processor_name()
+    ask = getattr(torch.get_device_module(device), "get_device_name", None)
+    return torch.device(device).type if ask is None else str(ask(device))
+
+
+def widest_float(device: torch.device) -> torch.dtype:
+    """float64, or float32 on a device that has none: MPS, and some XPUs."""
+    if device.type == "mps":
+        return torch.float32
+    if device.type == "xpu" and not torch.xpu.get_device_properties(device).has_fp64:
+        return torch.float32
+    return torch.float64
+
+
+def to_float64(x: Tensor) -> Tensor:
+    """A tensor in float64, on the CPU where its own device has none."""
+    return (x if widest_float(x.device) is torch.float64 else x.cpu()).double()

@@ -1,18 +1,19 @@
 """One torch function inside one module: the only place where a model's computation is changed.
 
 The innermost forward of a patched module becomes
-`functools.partial(patched_forward, module, interceptor, class_forward)`. A partial survives
+`PatchedForward(patched_forward, module, interceptor, class_forward)`. A partial survives
 `copy.deepcopy` and `pickle` with the copy's own weights, traces under
 `torch.compile(fullgraph=True)` and `torch.export`, and can be put in and taken out underneath the
-hooks of accelerate and diffusers, in any order.
+hooks of accelerate and diffusers and the mixed precision of accelerate, in any order.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
-from typing import Any, Protocol
+import types
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.overrides import TorchFunctionMode
@@ -20,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from retrofit.runtime.errors import AlreadyPatchedError, InterceptionError, UnsupportedError
 
 Forward = Callable[..., Any]
+PREPARED = "_original_forward"  # where accelerate remembers the forward that it wrapped
 
 
 class Handler(Protocol):
@@ -56,6 +58,27 @@ def patched_forward(
     for handler in reversed(interceptor.handlers):
         inner = functools.partial(handler, inner)
     return inner(*args, **kwargs)
+
+
+class PatchedForward(functools.partial[Any]):
+    """`patched_forward` in the place of a module's bound forward."""
+
+    @property
+    def __func__(self) -> Forward:
+        """The same unbound: what accelerate's mixed precision takes of a method to wrap it."""
+        return functools.partial(patched_function, *self.args[1:])
+
+
+def patched_function(
+    interceptor: Interceptor,
+    forward: Forward,
+    module: torch.nn.Module,
+    /,
+    *args: Any,
+    **kwargs: Any,
+) -> Any:
+    """`patched_forward`, called as a class's function is: with the module in front."""
+    return patched_forward(module, interceptor, forward, *args, **kwargs)
 
 
 UNFLATTEN = torch.Tensor.unflatten  # its own Python body can't be traced under a mode
@@ -145,53 +168,106 @@ def install(module: torch.nn.Module, handler: Handler, *, owner: str, where: str
 
 def uninstall(module: torch.nn.Module) -> None:
     """Take our partial out again, from wherever foreign hooks have moved it."""
-    holder, key = _slot(module)
-    if _interceptor_of(_read(holder, key)) is None:
+    slot = _find_slot(module)
+    found = _patched_part(slot.read())
+    if found is None:
         return
-    if holder is module and key == "forward":
+    _, own = found
+    is_free = slot.holder is module and slot.key == "forward" and slot.autocast is None
+    if is_free and own is type(module).forward:
         del module.__dict__["forward"]
     else:
-        setattr(holder, key, type(module).forward.__get__(module))
+        slot.write(own.__get__(module))
+    if _patched_part(module.__dict__.get(PREPARED)) is not None:
+        setattr(module, PREPARED, own.__get__(module))
 
 
 def find_interceptor(module: torch.nn.Module) -> Interceptor | None:
     """The interceptor in a module's innermost slot, if it is patched."""
-    return _interceptor_of(_read(*_slot(module)))
+    found = _patched_part(_find_slot(module).read())
+    return None if found is None else found[0]
 
 
-def _interceptor_of(forward: Any) -> Interceptor | None:
-    if isinstance(forward, functools.partial) and forward.func is patched_forward:
-        return forward.args[1]
+def _patched_part(forward: Any) -> tuple[Interceptor, Forward] | None:
+    """Our interceptor and the class's own function in a forward, bound or not; None if not ours."""
+    function = getattr(forward, "__func__", forward)
+    if isinstance(function, functools.partial) and function.func is patched_function:
+        return function.args[0], function.args[1]
     return None
 
 
 def _place(module: torch.nn.Module, interceptor: Interceptor, where: str) -> None:
-    holder, key = _slot(module)
-    current = _read(holder, key)
-    own = type(module).forward
-    if current != own.__get__(module):
+    slot = _find_slot(module)
+    current = slot.read()
+    own: Any = getattr(current, "__func__", None)
+    if own not in _layers(type(module).forward) or current.__self__ is not module:
         raise UnsupportedError(
             f"{where}: its forward was replaced by {_describe(current)}, which can't be patched. "
             "Undo that replacement before patching."
         )
-    partial = functools.partial(patched_forward, module, interceptor, own)
+    partial = PatchedForward(patched_forward, module, interceptor, own)
     partial.__signature__ = inspect.signature(current)  # type: ignore[attr-defined]
-    setattr(holder, key, partial)
+    slot.write(partial)
 
 
-def _slot(module: torch.nn.Module) -> tuple[Any, str]:
-    """The innermost place where a forward is kept: below accelerate's hook, below diffusers'."""
-    if "_old_forward" in module.__dict__:
-        return module, "_old_forward"
+def _layers(function: Any) -> Iterator[Forward]:
+    """A class's function, and those that its decorators wrap: accelerate may leave one of these."""
+    while function is not None:
+        yield function
+        function = getattr(function, "__wrapped__", None)
+
+
+class _Slot(NamedTuple):
+    """The innermost place where the forward of a module is kept.
+
+    Attributes:
+        module: Whose forward it is.
+        holder: Whose attribute it is.
+        key: The attribute's name.
+        autocast: What wraps it in accelerate's mixed precision, None where nothing does.
+    """
+
+    module: torch.nn.Module
+    holder: Any
+    key: str
+    autocast: Any = None
+
+    def read(self) -> Any:
+        """The forward, as it is called: without the module."""
+        if self.autocast is None:
+            return getattr(self.holder, self.key)
+        return types.MethodType(_cell(self.autocast).cell_contents, self.module)
+
+    def write(self, forward: Any) -> None:
+        """Put another one there."""
+        if self.autocast is None:
+            setattr(self.holder, self.key, forward)
+            return
+        function = forward.__func__
+        _cell(self.autocast).cell_contents = function
+        self.autocast.__wrapped__ = function  # where accelerate unwraps to
+
+
+def _find_slot(module: torch.nn.Module) -> _Slot:
+    """Below accelerate's hook, below diffusers', and there below accelerate's mixed precision."""
+    holder, key = module, "forward"
     references = getattr(getattr(module, "_diffusers_hook", None), "_fn_refs", None)
-    if references:
-        first = references[0]
-        return first, "forward" if first.original_forward is None else "original_forward"
-    return module, "forward"
+    if "_old_forward" in module.__dict__:
+        key = "_old_forward"
+    elif references:
+        holder = references[0]
+        key = "forward" if holder.original_forward is None else "original_forward"
+    kept = getattr(holder, key)
+    converter: Any = getattr(getattr(kept, "__func__", None), "__wrapped__", None)
+    if type(converter).__name__ != "ConvertOutputsToFp32":
+        return _Slot(module, holder, key)
+    return _Slot(module, holder, key, converter.model_forward)
 
 
-def _read(holder: Any, key: str) -> Any:
-    return getattr(holder, key)
+def _cell(wrapper: Any) -> types.CellType:
+    """Where a decorated function keeps what it wraps: `torch.autocast` has it nowhere else."""
+    cells: tuple[types.CellType, ...] = wrapper.__closure__
+    return next(cell for cell in cells if cell.cell_contents is wrapper.__wrapped__)
 
 
 def _describe(forward: Any) -> str:

@@ -6,18 +6,20 @@ median over rounds of their ratio, with the smallest and the largest.
 
 from __future__ import annotations
 
-import os
-import platform
-import statistics
+import functools
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+from retrofit.runtime.devices import Device, on_accelerator, synchronize
+from retrofit.runtime.machine import load_average
+
+T = TypeVar("T")
 
 ROUNDS = 7  # on a CPU, for calls that take less than SLOW
 SLOW = 2.0  # seconds of one call from which FEWEST_ROUNDS are enough
@@ -27,7 +29,33 @@ GPU_ROUNDS = 20
 GPU_REPEAT = 10.0  # milliseconds that one contender runs for in one round on a GPU
 NOISE = 0.25  # a baseline that varies by more than this between rounds makes a run noisy
 
+Clock = Callable[[], float]
 Stopwatch = Callable[[Callable[[], Any]], float]
+
+
+def now(device: Device = "cpu", clock: Clock | None = None) -> float:
+    """Seconds by a clock, the wall's by default, once a device has done all it was given."""
+    synchronize(device)
+    return (clock or time.perf_counter)()
+
+
+def timed(
+    run: Callable[[], T], device: Device = "cpu", clock: Clock | None = None
+) -> tuple[T, float]:
+    """What a call gives, and the seconds that it and its work on a device took."""
+    start = now(device, clock)
+    output = run()
+    return output, now(device, clock) - start
+
+
+def turned(names: Iterable[T], turn: int) -> list[T]:
+    """The same in the order of one round: it begins one further on in every round.
+
+    Whatever slows a machine down for a while then slows down all of them.
+    """
+    order = list(names)
+    first = turn % len(order) if order else 0
+    return order[first:] + order[:first]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +82,20 @@ class Spread:
     def mean(self) -> float:
         """Their sum over their number."""
         return sum(self.values) / len(self.values)
+
+    @property
+    def width(self) -> float:
+        """The largest less the smallest, as a fraction of the median."""
+        return (max(self.values) - min(self.values)) / self.median
+
+    def scaled(self, factor: float) -> Spread:
+        """Every measurement times a factor."""
+        return Spread(values=tuple(value * factor for value in self.values))
+
+    def ratio_to(self, other: Spread) -> Spread:
+        """The quotient of each pair of measurements, this one's over the other's."""
+        pairs = zip(self.values, other.values, strict=True)
+        return Spread(values=tuple(mine / its for mine, its in pairs))
 
     def to_dict(self) -> dict[str, float]:
         """Median, smallest, largest, and the mean."""
@@ -109,16 +151,12 @@ class Race:
 
     def speed(self, name: str, base: str) -> Spread:
         """Times of `base` over those of `name`, round by round; above 1 `name` is faster."""
-        pairs = zip(self.seconds[base], self.seconds[name], strict=True)
-        return Spread(values=tuple(slow / fast for slow, fast in pairs))
+        return Spread(values=self.seconds[base]).ratio_to(Spread(values=self.seconds[name]))
 
     def is_noisy(self, base: str) -> bool:
         """Whether a contender's times are too few, or vary by more than a quarter."""
         times = self.seconds[base]
-        return (
-            len(times) < FEWEST_ROUNDS
-            or (max(times) - min(times)) / statistics.median(times) > NOISE
-        )
+        return len(times) < FEWEST_ROUNDS or Spread(values=times).width > NOISE
 
 
 def race(
@@ -128,28 +166,29 @@ def race(
     device: str = "cpu",
     stopwatch: Stopwatch | None = None,
     stop_at: float | None = None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Clock = time.perf_counter,
 ) -> Race:
     """Check contenders, then time each once a round, in an order that turns from round to round.
 
     Args:
         contenders: With different names. One whose output is too far from the truth, or that
             fails, is not timed.
-        rounds: How many; None takes 7 on a CPU (3 if a call takes more than 2 s), 20 on a GPU.
-        device: Where they run, `cpu` or `cuda`.
-        stopwatch: Times one call; by default a clock, on a GPU Triton's `do_bench`.
+        rounds: How many; None takes 20 on an accelerator, else 7, or 3 where a call takes more
+            than 2 s.
+        device: Where they run.
+        stopwatch: Times one call; by default a clock, on a CUDA GPU Triton's `do_bench`.
         stop_at: Value of `clock` past which no round begins, once there are 3.
         clock: In seconds.
     """
     load = load_average()
-    stopwatch = stopwatch or (time_on_gpu if device == "cuda" else _clocked(clock))
+    is_cuda = torch.device(device).type == "cuda"
+    stopwatch = stopwatch or (time_on_gpu if is_cuda else lambda run: timed(run, device, clock)[1])
     errors: dict[str, float] = {}
     refused: dict[str, str] = {}
     first: dict[str, float] = {}
     for contender in contenders:
-        start = clock()
-        reason = _check(contender, errors)
-        first[contender.name] = clock() - start
+        check = functools.partial(_check, contender, errors)
+        reason, first[contender.name] = timed(check, device, clock)
         if reason:
             refused[contender.name] = reason
     running = [contender for contender in contenders if contender.name not in refused]
@@ -163,13 +202,14 @@ def race(
         default=0.0,
     )
     if rounds is None:
-        rounds = GPU_ROUNDS if device == "cuda" else FEWEST_ROUNDS if slowest > SLOW else ROUNDS
+        rounds = (
+            GPU_ROUNDS if on_accelerator(device) else FEWEST_ROUNDS if slowest > SLOW else ROUNDS
+        )
     seconds: dict[str, list[float]] = {contender.name: [] for contender in running}
     for i in range(rounds if running else 0):
         if stop_at is not None and i >= FEWEST_ROUNDS and clock() > stop_at:
             break
-        turn = i % len(running)
-        for contender in (*running[turn:], *running[:turn]):
+        for contender in turned(running, i):
             seconds[contender.name].append(stopwatch(contender.run))
     return Race(
         seconds={name: tuple(times) for name, times in seconds.items()},
@@ -214,57 +254,8 @@ def filled_with_nan() -> Iterator[None]:
             settings.fill_uninitialized_memory = filled
 
 
-def _clocked(clock: Callable[[], float]) -> Stopwatch:
-    def time_once(run: Callable[[], Any]) -> float:
-        start = clock()
-        run()
-        return clock() - start
-
-    return time_once
-
-
 def time_on_gpu(run: Callable[[], Any]) -> float:
-    """Seconds of one call on a GPU, the median of several with a cold L2 cache."""
+    """Seconds of one call on a CUDA GPU, the median of several with a cold L2 cache."""
     from triton.testing import do_bench
 
     return float(do_bench(run, warmup=1, rep=GPU_REPEAT, return_mode="median")) / 1000
-
-
-def load_average() -> float | None:
-    """Processes that wanted a core in the last minute, None where the system doesn't say."""
-    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
-
-
-def processor_name() -> str:
-    """`CPU, ` and the model, as reports name it."""
-    info = Path("/proc/cpuinfo")
-    for line in info.read_text().splitlines() if info.exists() else ():
-        if line.startswith("model name"):
-            return f"CPU, {line.split(':', 1)[1].strip()}"
-    return f"CPU, {platform.processor() or platform.machine()}"
-
-
-def pin_to_one_core() -> int | None:
-    """Keep this process on the core that is idlest now, and PyTorch to one thread.
-
-    Returns:
-        The core, None where the system can't pin.
-    """
-    torch.set_num_threads(1)
-    if not hasattr(os, "sched_setaffinity"):
-        return None
-    allowed = sorted(os.sched_getaffinity(0))
-    before = _idle_ticks()
-    time.sleep(0.2)
-    after = _idle_ticks()
-    core = max(allowed, key=lambda number: after.get(number, 0) - before.get(number, 0))
-    os.sched_setaffinity(0, {core})
-    return core
-
-
-def _idle_ticks() -> dict[int, int]:
-    """Idle time of every core since the start, in ticks."""
-    file = Path("/proc/stat")
-    lines = file.read_text().splitlines() if file.exists() else []
-    rows = [line.split() for line in lines if line.startswith("cpu") and line[3].isdigit()]
-    return {int(row[0][3:]): int(row[4]) for row in rows}

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from retrofit.runtime.machine import OtherPrograms
 from retrofit.sampling.request import InputFile, Request
 
 if TYPE_CHECKING:
@@ -74,6 +75,7 @@ class Generator:
         self.request = request
         self._opened: Opened | None = None
         self._watch: Watch | None = None
+        self._others: OtherPrograms | None = None
 
     def _present_recipe(self, request: Request) -> Recipe:
         """What is installed if nothing else is asked for."""
@@ -125,6 +127,7 @@ class Generator:
         opened = self.open()
         count = len(self.request.prompts)
         self._watch = watch = watch_denoiser(opened.pipeline)
+        self._others = OtherPrograms()
         watch.keep_last = opened.handle is not None
         for first in range(0, count, self.request.batch):
             places = range(first, min(first + self.request.batch, count))
@@ -156,28 +159,30 @@ class Generator:
         if handle is None or not handle.changes_nothing():
             return None
         size = f"{self.request.width}x{self.request.height}"
-        return handle.recipe.method.explain_no_change(size)
+        return handle.recipe.explain_no_change(size)
 
     def time_saved(self) -> TimeSaved | None:
         """What the patch saved, by dense calls after the run.
 
         None if there is no patch, or one that changes nothing.
         """
+        from retrofit.runtime.timing import Spread
         from retrofit.sampling.pipelines import without_patch
         from retrofit.sampling.watching import TimeSaved
 
         watch, opened = self._watch, self._opened
         if watch is None or opened is None or opened.handle is None or watch.last is None:
             return None
-        if opened.handle.changes_nothing():
+        if self._others is None or opened.handle.changes_nothing():
             return None
         with without_patch(opened):
-            dense = watch.time_last_again()
+            dense = Spread(values=tuple(watch.time_last_again()))
         watch.last = None
         return TimeSaved(
             calls=len(watch.seconds),
             patched_seconds=watch.settled_seconds(),
-            dense_call_seconds=sum(dense) / len(dense),
-            dense_calls=len(dense),
-            dense_spread=(max(dense) - min(dense)) * len(dense) / sum(dense),
+            dense_call_seconds=dense.mean,
+            dense_calls=len(dense.values),
+            dense_spread=dense.width,
+            is_crowded=self._others.crowd(str(self.request.device)),
         )

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import time
-
 import torch
 
 from retrofit.checkpoints import Checkpoint
 from retrofit.profiling.inspection import AskedSize, inspect_checkpoint
+from retrofit.runtime.devices import on_accelerator, pick_device
 from retrofit.runtime.errors import InputError
+from retrofit.runtime.timing import timed
 from retrofit.sampling.request import Request
 from retrofit.sampling.sizes import LEAST_MULTIPLE, denoiser_name
 
@@ -25,9 +25,7 @@ def expected_seconds(checkpoint: Checkpoint, request: Request) -> float | None:
     A step's work is counted on networks without weights, and divided by the speed at which this
     machine multiplies matrices. It can be off by a factor of two either way.
     """
-    if request.device not in (None, "cpu") or (
-        request.device is None and torch.cuda.is_available()
-    ):
+    if on_accelerator(pick_device(request.device)):
         return None
     rows = 1 if request.guidance is not None and request.guidance <= 1 else 2
     part = request.strength if request.image is not None and request.strength else 1.0
@@ -56,9 +54,5 @@ def _most_work(checkpoint: Checkpoint, request: Request) -> float:
 def product_speed() -> float:
     """Floating-point operations a second of a matrix product in float32."""
     a = torch.rand(PROBE, PROBE)
-    best = float("inf")
-    for _ in range(3):
-        started = time.perf_counter()
-        a @ a
-        best = min(best, time.perf_counter() - started)
+    best = min(timed(lambda: a @ a)[1] for _ in range(3))
     return 2 * PROBE**3 / best

@@ -16,7 +16,7 @@ from retrofit.checkpoints.libraries import quiet_libraries
 from retrofit.checkpoints.opening import build_networks, dtype_to_run, load_whole
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
-from retrofit.runtime.devices import pick_device
+from retrofit.runtime.devices import on_accelerator, pick_device
 from retrofit.runtime.errors import UnsupportedError, suggest
 from retrofit.sampling.adapters import (
     LIBRARY_ERRORS,
@@ -230,7 +230,7 @@ def place(pipeline: Any, request: Request, device: str) -> None:
         pipeline.vae.enable_tiling()
     if request.offload == "none":
         pipeline.to(device)
-    elif device == "cpu":
+    elif not on_accelerator(device):
         raise UnsupportedError(
             f"--offload {request.offload}: frees memory of a GPU, and this runs on the CPU. "
             "Leave it out."

@@ -14,8 +14,9 @@ from typing import Annotated, Any, Literal
 
 from retrofit.checkpoints.record_types import SavedRecipe
 from retrofit.runtime.errors import ConfigError, InputError, NotFoundError
+from retrofit.runtime.machine import MAX_THREADS
 from retrofit.runtime.reading import PICTURE_BYTES, read_bytes
-from retrofit.runtime.schema import Sha256, Within, find_problems
+from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within, find_problems
 
 Offload = Literal["none", "model", "sequential"]
 SEED_LIMIT = 2**63
@@ -192,8 +193,8 @@ class Request:
                 f"{where}: its record has settings that this retrofit does not know ({named}). "
                 "Upgrade: pip install --upgrade retrofit-attention"
             )
-        problems = find_problems(data, cls)
-        problems += find_problems(data.get("recipe"), SavedRecipe | None, "recipe")
+        saved = Annotated[SavedRecipe, OTHER_KEYS] | None
+        problems = find_problems(data, cls) or find_problems(data.get("recipe"), saved, "recipe")
         if not problems:
             request = cls(**_as_values(data))
             problems = request.find_mistakes()
@@ -288,6 +289,10 @@ def _rules(request: Request) -> list[tuple[bool, str]]:
                 f"{option}: expected a finite number, got {value}.",
             )
             for option, value in _weights(request)
+        ),
+        (
+            request.threads is not None and not 1 <= request.threads <= MAX_THREADS,
+            f"--threads: expected 1 to {MAX_THREADS}, got {request.threads}.",
         ),
         (
             (request.controlnet is None) != (request.control_image is None),

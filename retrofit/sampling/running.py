@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,8 +14,11 @@ import torch
 from PIL import Image
 
 from retrofit.runtime.errors import NonFiniteError, RetrofitError
+from retrofit.runtime.finite import is_finite
 from retrofit.runtime.reading import PICTURE_BYTES, open_regular
+from retrofit.runtime.timing import timed
 from retrofit.runtime.versions import current_versions
+from retrofit.sampling.advice import enlarging_methods
 from retrofit.sampling.png import write_png
 from retrofit.sampling.watching import DTYPES, Watch
 
@@ -85,10 +87,8 @@ def run_batch(
     watch.num_steps = effective_steps(request)
     if progress is not None:
         progress(name, 0, watch.num_steps)
-    started = time.perf_counter()
-    with explaining_out_of_memory(request), watch:
-        output = pipeline(**arguments)
-    seconds = time.perf_counter() - started
+    with explaining_out_of_memory(request, pipeline), watch:
+        output, seconds = timed(lambda: pipeline(**arguments))
     images = [_to_image(pixels, output, i, request) for i, pixels in enumerate(output.images)]
     return [
         Picture(
@@ -173,7 +173,7 @@ def _to_image(pixels: np.ndarray, output: Any, place: int, request: Request) -> 
         NonFiniteError: If it has NaN, or is all black.
     """
     steps = f"after step {effective_steps(request)} of {effective_steps(request)}"
-    if not np.isfinite(pixels).all():
+    if not is_finite(torch.from_numpy(pixels)):
         raise NonFiniteError(
             f"vae.decoder: NaN or infinity in the picture {steps}, though the latents are finite. "
             f"{DTYPES}"
@@ -190,7 +190,7 @@ def _to_image(pixels: np.ndarray, output: Any, place: int, request: Request) -> 
 
 
 @contextmanager
-def explaining_out_of_memory(request: Request) -> Iterator[None]:
+def explaining_out_of_memory(request: Request, pipeline: Any) -> Iterator[None]:
     """Name the switches that help.
 
     Raises:
@@ -204,13 +204,14 @@ def explaining_out_of_memory(request: Request) -> Iterator[None]:
             words in text for words in OUT_OF_MEMORY
         ):
             raise
+        methods = [] if request.recipe else enlarging_methods(pipeline)
         helps = [
             "--batch 1" if request.batch > 1 else "",
             "" if request.vae_tiling else "--vae-tiling",
             "--offload model" if request.offload == "none" and request.device != "cpu" else "",
             "--offload sequential" if request.offload == "model" else "",
             "--dtype bfloat16" if request.dtype in (None, "float32") else "",
-            "--method hidiffusion" if request.recipe is None else "",
+            *(f"--method {name}" for name in methods),
             "a smaller --size",
         ]
         raise RetrofitError(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import replace
 from pathlib import Path
 
 from retrofit.checkpoints import Checkpoint, find_checkpoint, read_json
 from retrofit.layout.picture_sizes import refuse_off_grid
-from retrofit.runtime.errors import UnsupportedError
+from retrofit.runtime.errors import InputError, UnsupportedError
 from retrofit.runtime.reading import PICTURE_BYTES, open_regular
 from retrofit.sampling.request import Request
 
@@ -37,11 +38,11 @@ def find_image_checkpoint(request: Request) -> Checkpoint:
         classes = getattr(auto_pipeline, f"AUTO_{table}_PIPELINES_MAPPING").values()
         if name in {cls.__name__ for cls in classes}:
             return checkpoint
-    is_known = hasattr(diffusers, name)
-    makes_video = any(word in name for word in ("Video", "Wan", "LTX", "Mochi", "Hunyuan"))
+    cls = getattr(diffusers, name, None)
+    makes_video = cls is not None and "num_frames" in inspect.signature(cls.__call__).parameters
     raise UnsupportedError(
         f"{checkpoint.name}: expected a text-to-image pipeline, got {name}"
-        f"{', which makes videos' if is_known and makes_video else ''}. Give a checkpoint that "
+        f"{', which makes videos' if makes_video else ''}. Give a checkpoint that "
         "makes pictures, such as Stable Diffusion's."
     )
 
@@ -50,7 +51,7 @@ def complete_request(request: Request, checkpoint: Checkpoint) -> Request:
     """Fill in what the checkpoint's configs decide: size, steps, guidance; check the size.
 
     Raises:
-        InputError: If the size is off the grid of the VAE.
+        InputError: If the size is off the grid of the VAE, or beyond the network's positions.
     """
     file = checkpoint.configs / DEFAULTS
     own = read_json(file) if file.is_file() else {}
@@ -63,9 +64,24 @@ def complete_request(request: Request, checkpoint: Checkpoint) -> Request:
     multiple = size_multiple(checkpoint)
     if request.width is None or request.height is None:
         width, height = _default_size(request, checkpoint, multiple)
-        return replace(request, width=width, height=height)
-    refuse_off_grid(request.width, request.height, multiple)
+        request = replace(request, width=width, height=height)
+    else:
+        refuse_off_grid(request.width, request.height, multiple)
+    longest = _longest_side(checkpoint)
+    if longest is not None and max(request.width or 0, request.height or 0) > longest:
+        raise InputError(
+            f"--size {request.width}x{request.height}: expected at most {longest} pixels a side, "
+            f"for which {checkpoint.name} has positions. Take a smaller one."
+        )
     return request
+
+
+def _longest_side(checkpoint: Checkpoint) -> int | None:
+    """Pixels that the network's table of positions is long enough for, if it has one."""
+    name = denoiser_name(checkpoint)
+    config = checkpoint.config(name) if name in checkpoint.classes else {}
+    patches = config.get("pos_embed_max_size")
+    return patches and int(patches) * int(config.get("patch_size", 1)) * _vae_factor(checkpoint)
 
 
 def size_multiple(checkpoint: Checkpoint) -> int:
@@ -125,31 +141,3 @@ def preview_size(request: Request, checkpoint: Checkpoint) -> tuple[int, int] | 
     sides = (request.width, request.height)
     width, height = (max(multiple, round(s * shrink / multiple) * multiple) for s in sides)
     return width, height
-
-
-def explain_size(request: Request, checkpoint: Checkpoint) -> str | None:
-    """What to expect of a size and of few steps, where that is not what the user hopes for."""
-    native = native_size(checkpoint)
-    if native is None or request.width is None or request.height is None:
-        return None
-    area = request.width * request.height / (native[0] * native[1])
-    has_unet = "unet" in checkpoint.classes
-    if request.recipe is None:
-        if has_unet and area > 1.5 and request.image is None:
-            return (
-                f"trained at {native[0]}x{native[1]}: above it objects repeat. "
-                "Add --method hidiffusion."
-            )
-        return None
-    parameters = request.recipe.get("parameters", {})
-    if request.recipe.get("method") != "hidiffusion" or not parameters.get("raunet"):
-        return None
-    if area <= 1 and parameters.get("windows"):
-        return f"at or below {native[0]}x{native[1]} hidiffusion halves nothing, only windows act."
-    fractions = (*parameters["first_steps"], *parameters["second_steps"])
-    if request.steps is not None and int(request.steps * max(fractions)) < 1:
-        return (
-            f"hidiffusion halves the first {max(fractions):.0%} of the steps, which is none of "
-            f"{request.steps}. Try --recipe unet2d_hidiffusion_turbo, or --steps 4."
-        )
-    return None

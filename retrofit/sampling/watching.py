@@ -5,7 +5,6 @@ The times of a patched run and one dense call on the same inputs give what the p
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -14,8 +13,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from retrofit.runtime.devices import Device
 from retrofit.runtime.errors import NonFiniteError
 from retrofit.runtime.finite import find_nonfinite, is_finite
+from retrofit.runtime.timing import NOISE, now, timed
 
 AGAIN = 3  # dense calls at the end, at most
 SHORT = 1.0  # seconds that these may take however short the run was
@@ -33,7 +34,8 @@ class TimeSaved:
         patched_seconds: All of them, by `Watch.settled_seconds`.
         dense_call_seconds: Mean of the dense calls on the inputs of the last, after the run.
         dense_calls: How many these were.
-        dense_spread: The longest less the shortest of them, as a part of their mean.
+        dense_spread: The longest less the shortest of them, as a part of their median.
+        is_crowded: Whether other programs wanted the cores too.
     """
 
     calls: int
@@ -41,6 +43,7 @@ class TimeSaved:
     dense_call_seconds: float
     dense_calls: int = 1
     dense_spread: float = 0.0
+    is_crowded: bool = False
 
     @property
     def dense_seconds(self) -> float:
@@ -58,10 +61,12 @@ class TimeSaved:
         return self.seconds / self.dense_seconds
 
     @property
-    def verdict(self) -> Literal["saved", "lost", "alike", "few"]:
+    def verdict(self) -> Literal["saved", "lost", "alike", "few", "busy"]:
         """What may be said of it: `alike` where it is no more than equal runs differ by."""
         if self.calls < FEW:
             return "few"
+        if self.is_crowded or self.dense_spread > NOISE:
+            return "busy"
         if abs(self.fraction) <= max(ALIKE, self.dense_spread):
             return "alike"
         return "saved" if self.seconds > 0 else "lost"
@@ -89,6 +94,7 @@ class Watch:
     keep_last: bool = False
     last: tuple[tuple[Any, ...], dict[str, Any]] | None = None
     _started: float = 0.0
+    _device: Device = "cpu"
     _handles: list[Any] = field(default_factory=list)
 
     def __enter__(self) -> Watch:
@@ -111,12 +117,11 @@ class Watch:
     def _before(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.keep_last and self.step == self.num_steps - 1:
             self.last = args, kwargs
-        _finish(args, kwargs)
-        self._started = time.perf_counter()
+        self._device = _device_of(args, kwargs)
+        self._started = now(self._device)
 
     def _after(self, module: Any, args: Any, kwargs: Any, output: Any) -> None:
-        _finish(args, kwargs)
-        self.seconds.append(time.perf_counter() - self._started)
+        self.seconds.append(now(self._device) - self._started)
         if not is_finite(output):
             self._blame(args, kwargs)
 
@@ -154,14 +159,11 @@ class Watch:
         assert self.last is not None  # noqa: S101 - the caller has looked
         args, kwargs = self.last
         taken: list[float] = []
+        device = _device_of(args, kwargs)
         room = max(SHORT, sum(self.seconds) / 10)
         while not taken or (len(taken) < AGAIN and sum(taken) + taken[0] < room):
             with torch.no_grad():
-                _finish(args, kwargs)
-                started = time.perf_counter()
-                self.network(*args, **kwargs)
-                _finish(args, kwargs)
-            taken.append(time.perf_counter() - started)
+                taken.append(timed(lambda: self.network(*args, **kwargs), device)[1])
         return taken
 
 
@@ -171,10 +173,7 @@ def watch_denoiser(pipeline: Any) -> Watch:
     return Watch(network=getattr(pipeline, name), name=name)
 
 
-def _finish(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Wait for the device that the inputs are on."""
-    for value in (*args, *kwargs.values()):
-        if isinstance(value, Tensor):
-            if value.is_cuda:
-                torch.cuda.synchronize(value.device)
-            return
+def _device_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Device:
+    """Where the inputs are."""
+    tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+    return next((tensor.device for tensor in tensors), "cpu")

@@ -94,7 +94,7 @@ def test_every_setting_is_recorded(patched):
 
 def test_the_handle_of_a_loaded_model_is_found(patched):
     handle = retrofit.patch_of(retrofit.load(patched))
-    assert handle.recipe.method.name == "block-sparse"
+    assert handle.recipe.methods == "block-sparse"
     assert len(handle.report.patched) == len(handle.sites) == 2
     with handle.measuring():
         _run_text(handle.networks[0][0].module)

@@ -25,9 +25,11 @@ from benchmarks import (
     quick,
     windows,
 )
+from retrofit.layout.grid import TokenGrid
+from retrofit.patterns import Neighborhood
 from retrofit.profiling.bench.attention import Attention, Route, Shape
 from retrofit.profiling.bench.lines import time_routes
-from retrofit.profiling.bench.patterns import block_sparse_route, draw_block_mask, inward_route
+from retrofit.profiling.bench.patterns import block_sparse_route, draw_block_mask, pattern_route
 from retrofit.profiling.inspection import AskedSize
 from tests import tiny_models
 
@@ -70,11 +72,11 @@ def test_window_peers_compute_the_same_pattern(name):
     attention = Attention(shape, torch.Generator().manual_seed(0))
     for pattern in windows.PRESETS[name].patterns:
         pattern = replace(pattern, window=inner.get(name, pattern.window))
-        ours, problem, branches = windows.make(attention, grid, pattern)
-        found = windows._peers(problem, branches, ("flex", "natten", "rearrange"))
+        problem = windows.make(attention, grid, pattern)
+        found = [peer(problem) for peer in windows.PEERS.values()]
         routes = [peer for peer in found if isinstance(peer, Route)]
         assert routes
-        lines = time_routes("case", attention, [ours, *routes], rounds=1)
+        lines = time_routes("case", attention, [problem.ours, *routes], rounds=1)
         assert [line.refused for line in lines] == [""] * (1 + len(routes))
         for peer in found:
             assert isinstance(peer, Route) or peer.reason
@@ -127,8 +129,8 @@ def test_dense_on_a_part_of_the_queries_is_scaled():
     attention = Attention(
         Shape(heads=2, seq_len=120, head_dim=16), torch.Generator().manual_seed(0), dense_rows=30
     )
-    grid = (1, 10, 12)
-    (line,) = time_routes("case", attention, [inward_route(attention, grid, (1, 3, 3))], rounds=2)
+    pattern = Neighborhood(layout=TokenGrid(height=10, width=12), window_size=(1, 3, 3))
+    (line,) = time_routes("case", attention, [pattern_route(attention, pattern)], rounds=2)
     assert line.refused == ""
     assert line.base_part == 0.25
     assert attention.dense().run().shape[2] == 30

@@ -127,7 +127,7 @@ def test_memory_of_every_variant_comes_from_its_own_process(encoder: Path) -> No
 def test_two_variants_of_one_name_are_refused(encoder: Path) -> None:
     from retrofit.methods.window import WindowConfig
 
-    recipe = Recipe(method=WindowConfig(keep=0.5))
+    recipe = Recipe.of(WindowConfig(keep=0.5))
     variants = [Variant(name="half", what=recipe), Variant(name="half", what=recipe)]
     with pytest.raises(InputError, match="'half' is asked for twice"):
         compare_checkpoint(encoder, variants, InputChoice(), Where(device="cpu"))

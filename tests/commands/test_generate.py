@@ -504,7 +504,7 @@ def test_progress_tells_the_time_left(generate, tmp_path):
     [
         (("--size", "64x64"), "above it objects repeat. Add --method hidiffusion"),
         (("--method", "hidiffusion"), "halves nothing, only windows act"),
-        ((*TWICE, "--steps", "1"), "none of 1. Try --recipe unet2d_hidiffusion_turbo"),
+        ((*TWICE, "--steps", "1"), "none of 1. Take more --steps, or raise first_steps"),
         (("--size", "32x32"), None),
         (TWICE, None),
     ],

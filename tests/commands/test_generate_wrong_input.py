@@ -242,6 +242,7 @@ def test_an_earlier_preview_is_not_replaced(refused, tmp_path):
         (("--ip-adapter", "x"), "expected both or neither"),
         (("--offload", "disk"), "expected none, model or sequential"),
         (("--offload", "model", "--device", "cpu"), "this runs on the CPU"),
+        (("--threads", "0"), "--threads: expected 1 to 1024, got 0"),
         (("-n", "0"), "--num-images 0: expected 1 or more"),
         (("--batch", "0"), "--batch 0: expected 1 or more"),
         (("--scheduler", "eulr"), "Did you mean euler"),

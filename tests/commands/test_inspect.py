@@ -17,6 +17,24 @@ from retrofit.profiling.inspection import AskedSize, inspect_checkpoint
 from tests import tiny_models, tiny_pipelines
 
 
+@pytest.mark.parametrize(
+    ("make", "least"),
+    [(tiny_pipelines.make_wan_pipeline, (3, 3)), (tiny_models.make_vit, (4, 4))],
+    ids=["wan", "vit"],
+)
+@pytest.mark.parametrize("short", [(0, -1), (-1, 0)], ids=["rows", "columns"])
+def test_a_size_without_a_token_is_refused_and_the_least_is_not(
+    make, least, short, run_command, tmp_path
+):
+    make().save_pretrained(tmp_path)
+    sizes = [tuple(sum(pair) for pair in zip(least, less, strict=True)) for less in (short, (0, 0))]
+    wrong, right = (run_command("inspect", tmp_path, "--size", f"{w}x{h}") for w, h in sizes)
+    assert wrong.code == 2
+    assert "expected 4x4 pixels or more" in wrong.err
+    assert len(wrong.err.strip().splitlines()) == 1
+    assert right.code == 0, right.err
+
+
 @pytest.fixture
 def configs_only(copy_of):
     """A checkpoint without its weights."""

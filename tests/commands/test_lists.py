@@ -10,7 +10,8 @@ import yaml
 from retrofit.commands import options
 from retrofit.families import FAMILIES
 from retrofit.methods import METHODS
-from retrofit.patching.recipe import Recipe, shipped_recipes, with_parameters
+from retrofit.patching.recipe import Recipe, shipped_recipes
+from retrofit.patching.settings import with_parameters
 from retrofit.profiling import doctor
 
 COMMON = {"schema", "family", "method", "patched", "skipped", "keep_asked", "keep_measured"}
@@ -55,6 +56,30 @@ def test_one_family_is_documented_with_its_recipes(run_command):
     described = run_command("families", "wan", "--json").json["families"]
     assert "wan_t3" in described["wan"]["recipes"]
     assert described.keys() == {"wan"}
+
+
+def test_a_method_shows_what_a_familys_recipes_set_beside_its_defaults(run_command):
+    said = run_command("methods", "window", "--family", "flux").out
+    header = next(line for line in said.splitlines() if line.split()[:1] == ["setting"])
+    row = next(line for line in said.splitlines() if line.split()[:1] == ["shift"])
+    assert header.split()[2:4] == ["default", "flux_window"]
+    assert row.split()[2:4] == ["false", "true"]
+
+
+def test_methods_of_a_family_list_what_its_recipes_set(run_command):
+    said = " ".join(run_command("methods", "--family", "flux").out.split())
+    assert "flux_window window keep=0.25 shift=true" in said
+    assert "encoder_window" not in said
+    assert "window_size=[45, 81]" in run_command("methods", "--family", "wan").out
+    listed = run_command("methods", "--family", "flux", "--json").json["methods"]
+    assert listed["window"]["recipes"]["flux_window"]["keep"] == 0.25
+    assert listed["t3"]["recipes"] == {}
+
+
+def test_methods_of_a_family_that_is_none(run_command):
+    answer = run_command("methods", "--family", "fluxx")
+    assert answer.code == 2
+    assert "Did you mean flux?" in answer.err
 
 
 def test_a_family_that_is_none(run_command):

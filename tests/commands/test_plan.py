@@ -324,13 +324,36 @@ def test_what_follows_the_network_is_named(run_command):
     assert "the camera, depth and point heads come on top" in " ".join(answer.out.split())
 
 
-@pytest.mark.parametrize(
-    ("load", "is_said"), [(None, False), (0.3, False), (1.4, False), (3.0, True)]
-)
-def test_a_busy_machine_is_told(load, is_said):
-    from retrofit.commands.plan import _busy
+def test_on_a_busy_machine_there_is_no_verdict():
+    plan = network_plan({"attention": 8.0, "product": 2.0}, {"attention": 1.0, "product": 2.0})
+    assert "should make a call about 3.33x as fast" in verdict(plan, METHODS["window"]())
+    said = verdict(plan, METHODS["window"](), is_busy=True)
+    assert said.startswith("can't tell whether window helps here: the machine is busy.")
+    assert "--threads 1" in said
 
-    assert bool(_busy({"load": load, "cores": 2})) is is_said
+
+@pytest.mark.parametrize(
+    ("rates", "is_busy"),
+    [
+        (Rates(spread=0.1), False),
+        (Rates(spread=0.4), True),
+        (Rates(is_crowded=True), True),
+    ],
+    ids=["steady", "spread", "crowded"],
+)
+def test_a_machine_is_busy_by_other_programs_or_by_the_spread_of_passes(rates, is_busy):
+    assert rates.is_busy is is_busy
+
+
+@pytest.mark.parametrize(("threads", "is_crowded"), [(1, False), (2, True)])
+def test_other_programs_count_where_the_clock_counts_their_time(threads, is_crowded, monkeypatch):
+    monkeypatch.setattr("retrofit.runtime.machine.OtherPrograms.cores", lambda self: 1e3)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        assert measure_rates([], "cpu").is_crowded is is_crowded
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_weights_are_not_read(run_command, encoder, copy_of):

@@ -10,12 +10,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from retrofit.checkpoints import find_checkpoint
 from retrofit.checkpoints.opening import build_networks
 from retrofit.families.flux import TEXT_LENGTH
-from retrofit.kernels.grid_window.circles import circular_mask
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods.circle_tiles import PLACES, circle_lists
-from retrofit.methods.clear import Circles, ClearConfig
 from retrofit.patching.networks import find_networks
 from retrofit.patching.patch import patch
+from retrofit.patterns import AttentionCall, Circle, attend, whole_mask
+from retrofit.patterns.listing import PLACES
 from retrofit.profiling.cost import sizes
 from retrofit.profiling.cost.examples import Pool, cut
 from retrofit.profiling.cost.kept import Kept, kept_by
@@ -80,21 +79,22 @@ def test_tokens_are_those_of_the_largest_attention_call(flux_sizes):
 def test_circles_are_told_apart_from_the_tiles_that_are_computed(flux_sizes):
     kept = kept_by(flux_sizes[0].patched)
     grid = TokenGrid(height=24, width=24, num_prefix_tokens=TEXT_LENGTH)
-    tiles = circle_lists(grid, 3, TEXT_LENGTH, CPU).lists.counts.sum().item()
+    circle = Circle(layout=grid, radius=3)
+    tiles = circle.listed(CPU).lists.counts.sum().item()
     text = TEXT_LENGTH * grid.num_tokens
     assert kept.sites == 3
-    assert kept.needed == pytest.approx(circular_mask(grid, 3).double().mean().item())
+    assert kept.needed == pytest.approx(whole_mask(circle).double().mean().item())
     assert kept.computed == pytest.approx((tiles * PLACES**2 + text) / grid.num_tokens**2)
     assert kept.needed < kept.computed < 1
 
 
 def test_the_work_on_meta_is_the_work_on_values():
     grid = TokenGrid(height=21, width=30, num_prefix_tokens=7)
-    operator = Circles(config=ClearConfig(radius=5), grid=grid)
+    circle = Circle(layout=grid, radius=5)
     q = torch.randn(1, 2, grid.num_tokens, 8)
 
     def run(x):
-        operator(x, x, x, attn_mask=None, is_causal=False, scale=None)
+        attend(AttentionCall(query=x, key=x, value=x), circle)
 
     with tracing(nn.Module()) as trace:
         run(q.to("meta"))
@@ -107,12 +107,12 @@ def test_the_work_on_meta_is_the_work_on_values():
 
 def test_circles_are_measured_with_the_tiles_and_masks_that_they_have():
     grid = TokenGrid(height=64, width=64, num_prefix_tokens=100)
-    operator = Circles(config=ClearConfig(radius=9), grid=grid)
+    circle = Circle(layout=grid, radius=9)
     q = torch.empty(1, 24, grid.num_tokens, 128, device="meta")
     with tracing(nn.Module()) as trace:
-        operator(q, q, q, attn_mask=None, is_causal=False, scale=None)
+        attend(AttentionCall(query=q, key=q, value=q), circle)
     ((operation, example),) = (held for held in trace.examples.values() if held[0].kind == "sparse")
-    lists = circle_lists(grid, 9, 100, CPU).lists
+    lists = circle.listed(CPU).lists
     with torch.no_grad():
         smaller, amount = cut(operation, example)
         blocks = Pool("cpu", 1.0).fill(operation, smaller).args[3]

@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from retrofit import evaluate
-from retrofit.evaluate import compare_models, measure, peak_memory
+from retrofit.evaluate import compare_models, measure
 from retrofit.evaluate.measure import ModelCall, ModelInput
 from retrofit.evaluate.metrics import cosine, metrics_for, neighbour_agreement, relative_error
 from retrofit.evaluate.peak_memory import (
@@ -36,8 +36,8 @@ from retrofit.runtime.errors import InputError, NonFiniteError, RetrofitError, U
 from retrofit.runtime.timing import Spread
 from tests import tiny_models
 
-HALF = Recipe(method=WindowConfig(keep=0.5))
-WHOLE = Recipe(method=WindowConfig(keep=1.0))
+HALF = Recipe.of(WindowConfig(keep=0.5))
+WHOLE = Recipe.of(WindowConfig(keep=1.0))
 
 
 def _texts(count: int, *, length: int = 64) -> list[ModelInput]:
@@ -146,7 +146,7 @@ def test_known_slowdown_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(module, item, handle)
 
     monkeypatch.setattr(measure, "run_input", run)
-    monkeypatch.setattr(measure.time, "perf_counter", lambda: charged["time"] + 1e-9 * next(now))
+    monkeypatch.setattr("time.perf_counter", lambda: charged["time"] + 1e-9 * next(now))
     found = compare_models(tiny_models.make_bert(), {"half": HALF}, _texts(3), rounds=3)
     assert found.variants[0].speed.median == pytest.approx(2.0, rel=1e-3)
     assert not found.noisy
@@ -172,7 +172,7 @@ def test_model_is_left_as_it_was_when_an_input_fails() -> None:
 
 def test_denoising_steps_are_told_to_the_method() -> None:
     unet = tiny_models.make_sd15_unet()
-    recipe = Recipe(method=HiDiffusionConfig(min_scale=0.0))
+    recipe = Recipe.of(HiDiffusionConfig(min_scale=0.0))
     found = compare_models(unet, {"hidiffusion": recipe}, [_latents()], rounds=1)
     row = found.variants[0]
     assert found.family == "unet2d"
@@ -193,9 +193,7 @@ def test_calls_of_one_input_are_compared_together() -> None:
 
 def test_method_that_does_not_fit_is_refused_before_anything_is_timed() -> None:
     with pytest.raises(UnsupportedError, match="hidiffusion does not fit this model"):
-        compare_models(
-            tiny_models.make_bert(), {"hi": Recipe(method=HiDiffusionConfig())}, _texts(1)
-        )
+        compare_models(tiny_models.make_bert(), {"hi": Recipe.of(HiDiffusionConfig())}, _texts(1))
 
 
 @pytest.mark.parametrize(
@@ -232,9 +230,9 @@ def test_neighbour_agreement_counts_the_neighbours_that_stay() -> None:
 
 
 def test_neighbours_are_left_out_where_there_are_too_few_inputs() -> None:
-    assert "neighbours_top5" not in {m.name for m in metrics_for("encoder", 19)}
-    assert "neighbours_top5" in {m.name for m in metrics_for("encoder", 20)}
-    assert [m.name for m in metrics_for("unet2d", 99)] == ["relative_error", "cosine"]
+    assert "neighbours_top5" not in {m.name for m in metrics_for("embeddings", 19)}
+    assert "neighbours_top5" in {m.name for m in metrics_for("embeddings", 20)}
+    assert [m.name for m in metrics_for("prediction", 99)] == ["relative_error", "cosine"]
 
 
 def test_spread_gives_median_and_quantiles() -> None:
@@ -308,19 +306,6 @@ def test_failing_memory_process_says_what_failed() -> None:
     job = MemoryJob(open_target=functools.partial(int, "x"), recipe=None, inputs=())
     with pytest.raises(RetrofitError, match="ended with 1 .*invalid literal for int"):
         measure_peak_memory(job)
-
-
-@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux restarts it")
-def test_high_water_mark_counts_what_was_held_since_its_restart() -> None:
-    size = 96 * 2**20
-    peak_memory._restart_high_water_mark()
-    before = peak_memory._high_water_mark()
-    held = torch.ones(size // 4)
-    after = peak_memory._high_water_mark()
-    assert after - before > 0.9 * size
-    del held
-    peak_memory._restart_high_water_mark()
-    assert peak_memory._high_water_mark() < after - 0.9 * size
 
 
 def test_more_memory_than_the_allowance_is_said(compared: Comparison) -> None:

@@ -143,6 +143,14 @@ def test_denoising_network_runs_through_a_schedule() -> None:
     assert not torch.equal(first, second)
 
 
+def test_timesteps_are_in_the_unit_of_the_network() -> None:
+    choice = InputChoice(count=1, sizes={"": InputSize(height=8, width=8)})
+    (flux,) = make_inputs(tiny_models.make_flux(), choice)
+    assert [call.arguments["timestep"].item() for call in flux.calls] == [1, 0.75, 0.5, 0.25]
+    (sd3,) = make_inputs(tiny_models.make_sd3(), choice)
+    assert [call.arguments["timestep"].item() for call in sd3.calls] == [999, 749.25, 499.5, 249.75]
+
+
 def test_denoising_network_takes_no_files(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a dog")
     with pytest.raises(UnsupportedError, match="takes no --inputs"):

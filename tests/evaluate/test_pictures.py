@@ -19,7 +19,7 @@ from retrofit.runtime.errors import InputError, NotFoundError
 from retrofit.sampling import Generator, Request
 
 CHECK = Path(__file__).parents[2] / "examples" / "shapes" / "check.py"
-PATCH = {"long": Recipe(method=HiDiffusionConfig(first_steps=(1.0, 1.0)))}
+PATCH = {"long": Recipe.of(HiDiffusionConfig(first_steps=(1.0, 1.0)))}
 
 
 def ask(count: int = 2) -> Request:

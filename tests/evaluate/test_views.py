@@ -185,7 +185,7 @@ METRICS = {"abs_rel", "points", "rotation", "translation"} | {
 @pytest.mark.parametrize("make", [seeing_vggt, small_pi3])
 def test_rows_hold_every_number_and_the_model_is_left_dense(make) -> None:
     model, scenes = make(), [random_truth(), random_truth(seed=1)]
-    recipe = Recipe(method=BlockSparseConfig(keep=0.25, block_size=(4, 4)))
+    recipe = Recipe.of(BlockSparseConfig(keep=0.25, block_size=(4, 4)))
     dense, sparse = compare_views(model, {"quarter": recipe}, scenes)
     assert dense.metrics.keys() == sparse.metrics.keys() == sparse.change(dense).keys() == METRICS
     assert len(sparse.keep_by_site) >= 2

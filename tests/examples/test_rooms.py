@@ -121,7 +121,7 @@ def test_depth_and_cameras_of_unseen_rooms_are_right(truth: list[TrueScene]) -> 
 
 def test_less_of_the_attention_is_worse_and_what_was_kept_is_said(truth: list[TrueScene]) -> None:
     variants = {
-        str(keep): Recipe(method=BlockSparseConfig(keep=keep, block_size=(32, 32)))
+        str(keep): Recipe.of(BlockSparseConfig(keep=keep, block_size=(32, 32)))
         for keep in (1.0, 0.5, 0.1)
     }
     model = VGGT.from_pretrained(MODEL).float()

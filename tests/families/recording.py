@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
@@ -15,6 +15,7 @@ from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite, Network
 from retrofit.methods import Method
 from retrofit.methods.run_state import RunState
+from retrofit.patterns import AttentionCall, Dense, Pattern
 
 
 @dataclass(frozen=True)
@@ -64,32 +65,6 @@ def describe(model: nn.Module) -> Network:
     return require_family(model, "model").describe(model)
 
 
-class DenseOperator:
-    """Plain attention, so that a patch changes nothing."""
-
-    def __init__(self, site: AttentionSite, seen: list[tuple[int, ...]]) -> None:
-        self.site = site
-        self.seen = seen
-
-    def __call__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        *,
-        attn_mask: Tensor | None,
-        is_causal: bool,
-        scale: float | None,
-    ) -> Tensor:
-        self.seen.append(tuple(query.shape))
-        return scaled_dot_product_attention(
-            query, key, value, attn_mask, is_causal=is_causal, scale=scale
-        )
-
-    def keep_fraction(self, query: Tensor, key: Tensor) -> float:
-        return 1.0
-
-
 @dataclass(frozen=True, kw_only=True)
 class DenseConfig(Method):
     """Leaves every result as it is, and notes site, grid and shape of every call."""
@@ -103,10 +78,13 @@ class DenseConfig(Method):
     def skips(self, site: AttentionSite, network: Network) -> str | None:
         return None
 
-    def build(self, site: AttentionSite, grid: TokenGrid, state: RunState) -> DenseOperator:
+    def pattern(
+        self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
+    ) -> Pattern:
         if not torch.compiler.is_compiling():
-            self.grids.append((site, grid))
-        return DenseOperator(site, [] if torch.compiler.is_compiling() else self.shapes)
+            self.grids.append((site, layout))
+            self.shapes.append(tuple(call.query.shape))
+        return Dense(layout)
 
 
 def clear_notes() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from diffusers import (
@@ -69,10 +71,39 @@ def test_ids_that_begin_elsewhere_or_lie_closer_are_a_picture_too():
     assert read(ids) == TokenGrid(height=4, width=6, num_prefix_tokens=9)
 
 
-def test_two_reference_pictures_are_tokens_behind_the_grid():
-    parts = [make_position_ids(4, 6), make_position_ids(3, 3, 1), make_position_ids(2, 5, 2)]
+def _placed(height: int, width: int, row: int, column: int) -> torch.Tensor:
+    return make_position_ids(height, width, 1) + torch.tensor([0, row, column])
+
+
+FURTHER = {
+    "of two kinds": [make_position_ids(3, 3, 1), make_position_ids(2, 5, 2)],
+    "of one kind": [make_position_ids(3, 3, 1), make_position_ids(2, 5, 1)],
+    "side by side": [_placed(3, 3, 4, 0), _placed(2, 5, 4, 3)],
+    "in half precision": [_placed(3, 3, 300, 300).bfloat16(), _placed(2, 5, 300, 600).bfloat16()],
+}
+
+
+@pytest.mark.parametrize("name", FURTHER)
+def test_two_reference_pictures_are_tokens_behind_the_grid(name):
+    references = ((1, 3, 3), (1, 2, 5))
     grid = TokenGrid(height=4, width=6, num_prefix_tokens=9, num_suffix_tokens=19)
-    assert read(torch.cat(parts)) == grid
+    ids = torch.cat([make_position_ids(4, 6), *(part.float() for part in FURTHER[name])])
+    assert read(ids) == replace(grid, references=references)
+
+
+@pytest.mark.parametrize(
+    ("last", "references"),
+    [
+        (make_position_ids(3, 3, 2)[torch.tensor([0, 3, 8, 1, 4, 6, 2, 7, 5])], ((1, 2, 5),)),
+        (make_position_ids(3, 3, 2)[:-1], ((1, 2, 5),)),
+        (torch.tensor([[2.0, 0.0, 0.0]]), ((1, 2, 5), (1, 1, 1))),
+    ],
+    ids=["shuffled", "a token short", "one token"],
+)
+def test_further_tokens_that_are_no_picture_are_only_special(last, references):
+    ids = torch.cat([make_position_ids(4, 6), make_position_ids(2, 5, 1), last])
+    grid = TokenGrid(height=4, width=6, num_prefix_tokens=9, num_suffix_tokens=10 + len(last))
+    assert read(ids) == replace(grid, references=references)
 
 
 def _shuffled() -> torch.Tensor:
@@ -135,11 +166,16 @@ def test_a_graph_without_an_earlier_call_takes_squares_alone():
         torch.testing.assert_close(out, call_diffusers(model, square))
 
 
-def test_a_graph_keeps_reference_pictures_out_of_the_grid():
+def test_a_graph_keeps_reference_pictures_out_of_the_grid_and_refuses_others():
     model, inputs = make_flux_dev(num_single_layers=0), make_kontext_inputs(odd=True)
+    own = make_position_ids(11, 7)
     with retrofit.patch(model, "window", window_size=4):
         eager = call_diffusers(model, inputs)
-        torch.testing.assert_close(call_diffusers(compiled_window(model), inputs), eager)
+        compiled = compiled_window(model)
+        torch.testing.assert_close(call_diffusers(compiled, inputs), eager)
+        inputs["img_ids"] = torch.cat([own, make_position_ids(6, 5, kind=1)])
+        with pytest.raises(RuntimeError, match="rows and columns that the graph was traced for"):
+            call_diffusers(compiled, inputs)
 
 
 @pytest.mark.parametrize("backend", [AttentionBackendName.FLEX, AttentionBackendName.SAGE])
@@ -199,18 +235,24 @@ def test_pipelines_give_the_ids_that_are_read(kind):
     )
     pipe.set_progress_bar_config(disable=True)
     settings = {"height": 112, "width": 208, "num_inference_steps": 2, "output_type": "latent"}
-    suffix = 0
+    references = ()
     if kind is FluxKontextPipeline:
         settings |= {
             "image": torch.rand(1, 3, 96, 64),
             "_auto_resize": False,
             "max_area": 112 * 208,
         }
-        suffix = 6 * 4
+        references = ((1, 6, 4),)
     text = {"prompt_embeds": torch.randn(1, 9, 12), "pooled_prompt_embeds": torch.randn(1, 12)}
     clear_notes()
     with retrofit.patch(pipe, DenseConfig()):
         pipe(**text, **settings)
-    grid = TokenGrid(height=7, width=13, num_prefix_tokens=9, num_suffix_tokens=suffix)
+    grid = TokenGrid(
+        height=7,
+        width=13,
+        num_prefix_tokens=9,
+        num_suffix_tokens=24 * len(references),
+        references=references,
+    )
     assert {read for _, read in DenseConfig.grids} == {grid}
     assert len(DenseConfig.grids) == 2 * 3

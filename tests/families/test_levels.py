@@ -67,7 +67,7 @@ def test_levels_say_where_attention_is(name, expected):
     network = describe(FAMILY_MODELS[name].make_model())
     assert [level.has_attention for level in network.levels] == expected
     for level in network.levels:
-        ends = {site.grid_source for site in network.sites}
+        ends = {site.layout for site in network.sites}
         assert all((path in ends) == level.has_attention for path in level.down_pairs)
         assert len(level.up_pairs) == len(level.down_pairs) + 1
 
@@ -124,7 +124,7 @@ def test_attention_on_the_feature_map_itself_is_its_own_source():
         )
     )
     description = describe(network)
-    assert all(site.grid_source == site.path for site in description.sites)
+    assert all(site.layout == site.path for site in description.sites)
     inputs = {"sample": torch.randn(2, 4, 18, 26), "timestep": 3}
     dense = call_diffusers(network, inputs)
     clear_notes()

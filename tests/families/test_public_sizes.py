@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from diffusers import (
     ControlNetModel,
     FluxTransformer2DModel,
+    SD3Transformer2DModel,
     UNet2DConditionModel,
     WanTransformer3DModel,
 )
@@ -129,7 +131,7 @@ def test_wan_at_480p_reads_the_grid_of_its_latents():
         model = WanTransformer3DModel(**{**WAN21_1B, "num_layers": 1})
         latents = torch.empty(2, 16, 21, 60, 104)
     (found,) = find_networks(model)
-    reader = found.family.describe(model).grid_readers[""]
+    reader = found.family.describe(model).readers["video"].read
     grid = TokenGrid(frames=21, height=30, width=52)
     assert reader(model, (latents,), {}) == reader(model, (), {"hidden_states": latents}) == grid
 
@@ -149,6 +151,44 @@ def test_flux_of_public_size_has_a_site_a_block(guidance):
     assert not network.unreachable
 
 
+SD3_MEDIUM = {"num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536}
+SD35_MEDIUM = {
+    **SD3_MEDIUM,
+    "qk_norm": "rms_norm",
+    "dual_attention_layers": tuple(range(13)),
+    "pos_embed_max_size": 384,
+}
+SD35_LARGE = {
+    "num_layers": 38,
+    "num_attention_heads": 38,
+    "caption_projection_dim": 2432,
+    "qk_norm": "rms_norm",
+    "pos_embed_max_size": 192,
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "blocks", "dual"),
+    [(SD3_MEDIUM, 24, 0), (SD35_MEDIUM, 24, 13), (SD35_LARGE, 38, 0)],
+    ids=["3-medium", "3.5-medium", "3.5-large"],
+)
+def test_sd3_of_public_sizes_has_a_site_a_block_and_a_second_in_dual_ones(config, blocks, dual):
+    network = describe_on_meta(lambda: SD3Transformer2DModel(**config))
+    assert network.family == "sd3"
+    kinds = [site.kind for site in network.sites]
+    assert (kinds.count("joint"), kinds.count("self")) == (blocks, dual)
+    assert {(site.num_heads, site.head_dim) for site in network.sites} == {
+        (config["num_attention_heads"], 64)
+    }
+    assert network.sample_size == (128, 128)
+    latents, text = torch.empty(1, 16, 96, 170), torch.empty(1, 333, 4096)
+    reader = network.readers["picture and text"].read
+    model = SimpleNamespace(config=SimpleNamespace(patch_size=2))
+    grid = TokenGrid(height=48, width=85, num_suffix_tokens=333)
+    assert reader(model, (latents, text), {}) == grid
+    assert reader(model, (), {"hidden_states": latents, "encoder_hidden_states": text}) == grid
+
+
 def test_bert_base_has_one_site_a_layer_on_a_plain_sequence():
     network = describe_on_meta(lambda: BertModel(BertConfig(attn_implementation="sdpa")))
     assert network.family == "encoder"
@@ -156,7 +196,7 @@ def test_bert_base_has_one_site_a_layer_on_a_plain_sequence():
         f"encoder.layer.{i}.attention.self" for i in range(12)
     ]
     assert {(site.num_heads, site.head_dim) for site in network.sites} == {(12, 64)}
-    assert all(site.grid_source is None for site in network.sites)
+    assert all(site.layout is None for site in network.sites)
 
 
 VISION = {
@@ -212,4 +252,4 @@ def test_vision_models_of_public_sizes_have_their_sites_and_grids(name):
     assert len(network.sites) == layers
     assert {(site.num_heads, site.head_dim) for site in network.sites} == {(heads, head_dim)}
     pixels = torch.empty(1, 3, *size, device="meta")
-    assert network.grid_readers[""](None, (), {"pixel_values": pixels}) == grid
+    assert network.readers["picture"].read(None, (), {"pixel_values": pixels}) == grid

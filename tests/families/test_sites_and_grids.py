@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
 import retrofit
+from retrofit.families import FAMILIES
 from retrofit.layout.grid import TokenGrid
+from retrofit.layout.sites import LayoutReader
 from retrofit.runtime.errors import GridError
 from tests.families.recording import DenseConfig, Recorder, clear_notes, describe
 from tests.tiny_models import FAMILY_MODELS, make_picture_inputs, make_vit
@@ -31,9 +34,21 @@ ODD_GRIDS: dict[str, TokenGrid] = {
     "wan-ti2v": TokenGrid(frames=5, height=7, width=3),
     "wan-vace": TokenGrid(frames=5, height=7, width=3),
     "flux": TokenGrid(height=11, width=7, num_prefix_tokens=9),
-    "flux-kontext": TokenGrid(height=11, width=7, num_prefix_tokens=9, num_suffix_tokens=30),
+    "flux-kontext": TokenGrid(
+        height=11,
+        width=7,
+        num_prefix_tokens=9,
+        num_suffix_tokens=30,
+        references=((1, 5, 6),),
+    ),
+    **dict.fromkeys(
+        ("sd3", "sd35-medium"),
+        TokenGrid(height=11, width=7, num_suffix_tokens=9),
+    ),
 }
 ODD_LEVELS = [(19, 26), (10, 13), (5, 7), (3, 4)]
+# what the sites of one kind see where it is not what the others do
+PICTURE_ALONE = {"sd35-medium": {"self": TokenGrid(height=11, width=7)}}
 UNETS = [name for name, model in FAMILY_MODELS.items() if model.family == "unet2d"]
 
 
@@ -76,8 +91,9 @@ def test_grid_is_that_of_the_tokens_at_an_odd_size_and_batch(name):
     clear_notes()
     with retrofit.patch(network, DenseConfig()):
         model.call(network, model.make_inputs(batch=2, odd=True))
-    own = [grid for site, grid in DenseConfig.grids if site.kind != "cross"]
-    assert own == [ODD_GRIDS[name]] * len(own)
+    own = [(site.kind, grid) for site, grid in DenseConfig.grids if site.kind != "cross"]
+    by_kind = PICTURE_ALONE.get(name, {})
+    assert all(grid == by_kind.get(kind, ODD_GRIDS[name]) for kind, grid in own)
     assert len(own) == sum(site.kind != "cross" for site in describe(network).sites)
 
 
@@ -95,7 +111,9 @@ def test_grid_of_a_unet_is_that_of_its_level_at_an_odd_size(name):
     assert len(DenseConfig.grids) == len(describe(network).sites)
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2-registers", "sd15", "sdxl", "wan-t2v", "flux"])
+@pytest.mark.parametrize(
+    "name", ["vit", "dinov2-registers", "sd15", "sdxl", "wan-t2v", "flux", "sd35-medium"]
+)
 def test_grid_follows_the_size_from_call_to_call(name):
     model = FAMILY_MODELS[name]
     network = model.make_model()
@@ -104,6 +122,31 @@ def test_grid_follows_the_size_from_call_to_call(name):
     with retrofit.patch(network, DenseConfig()):
         for odd, dense in zip(sizes, expected, strict=True):
             torch.testing.assert_close(model.call(network, model.make_inputs(odd=odd)), dense)
+
+
+def test_two_layouts_of_one_module_reach_their_own_sites(monkeypatch):
+    vit = FAMILIES["vit"]
+
+    def describe_both(module):
+        network = vit.describe(module)
+        first, *others = network.sites
+        readers = {
+            "picture": network.readers["picture"],
+            "text": LayoutReader("", lambda module, args, kwargs: TokenGrid(width=78)),
+        }
+        return replace(network, sites=(replace(first, layout="text"), *others), readers=readers)
+
+    model = FAMILY_MODELS["vit"]
+    network, inputs = model.make_model(), model.make_inputs(odd=True)
+    dense = model.call(network, inputs)
+    monkeypatch.setitem(FAMILIES, "vit", replace(vit, describe=describe_both))
+    clear_notes()
+    with retrofit.patch(network, DenseConfig()):
+        model.call(network, inputs)
+    first, *others = [grid for _, grid in DenseConfig.grids]
+    assert first == TokenGrid(width=78)
+    assert others == [ODD_GRIDS["vit"]] * len(others)
+    assert torch.equal(model.call(network, inputs), dense)
 
 
 def test_image_to_video_attends_to_the_picture_before_the_text():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from retrofit.layout.grid import TokenGrid, kept_pairs, split_positions
+from retrofit.layout.grid import TokenGrid, place_of, split_positions
 from retrofit.layout.token_order import hilbert_order, tile_order, token_order
 
 GRIDS = [
@@ -39,14 +39,6 @@ def test_positions_can_be_traced_for_a_grid_of_any_size():
     for size in (32, 37, 42):
         x = torch.arange(float(size))
         assert compiled(x) == place(x)
-
-
-@pytest.mark.parametrize("fraction", [0.1, 1.0])
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_kept_pairs_counts_special_tokens_in_full(grid, fraction):
-    inside = grid.num_grid_tokens**2
-    pairs = grid.num_tokens**2 - inside + fraction * inside
-    assert kept_pairs(grid, fraction) == pytest.approx(pairs / grid.num_tokens**2)
 
 
 @pytest.mark.parametrize("height", range(1, 13))
@@ -101,3 +93,14 @@ def test_tiles_come_one_after_the_other_with_short_ones_at_the_end(tile):
 
 def test_raster_is_the_order_of_the_sequence():
     assert token_order(GRIDS[1], "raster").tolist() == list(range(77))
+
+
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_places_are_those_of_the_raster_and_the_rest_is_special(grid):
+    special, tokens = split_positions(grid)
+    place, is_grid = place_of(grid, torch.arange(grid.num_tokens))
+    assert torch.equal(is_grid.nonzero()[:, 0], tokens)
+    assert not bool(is_grid[special].any())
+    raster = (place.frame * grid.height + place.row) * grid.width + place.column
+    assert torch.equal(raster[tokens], torch.arange(grid.num_grid_tokens))
+    assert TokenGrid.decode(grid.encode()) == grid

@@ -11,11 +11,11 @@ from torch import Tensor
 import retrofit
 from retrofit.layout.grid import TokenGrid, split_positions
 from retrofit.layout.token_order import token_order
-from retrofit.methods.block_layout import places_between
 from retrofit.methods.block_sparse import BlockSparseConfig
+from retrofit.patterns.ordering import places_between
 from retrofit.runtime.errors import ConfigError, UnsupportedError
 from tests.architectures.small_networks import small_vggt
-from tests.methods_table import make_call
+from tests.methods_table import attend, make_call, pattern_of
 
 VIEWS = TokenGrid(frames=3, height=5, width=7, num_frame_prefix_tokens=2)
 TEXT = TokenGrid(width=61)
@@ -23,12 +23,10 @@ BORDERS = [("raster", "frames"), ("hilbert", "frames"), ("tiles", "frames"), ("t
 
 
 def weights_of(config: BlockSparseConfig, grid: TokenGrid, **settings: Tensor) -> tuple:
-    """Attention weights `[B, H, S, S]` of a random call, with the call and its operator."""
+    """Attention weights `[B, H, S, S]` of a random call, with the call and its pattern."""
     call = make_call(config, grid)
-    operator = config.build(call.site, grid, call.state)
-    eye = torch.eye(grid.num_tokens, dtype=torch.float64).expand(call.query.shape[0], 2, -1, -1)
-    given = {"attn_mask": None, "is_causal": False, "scale": None} | settings
-    return operator(call.query, call.key, eye, **given), call, operator
+    weights, pattern = attend(config, call.weighing(), **settings)
+    return weights, call, pattern
 
 
 def block_of(grid: TokenGrid, config: BlockSparseConfig) -> Tensor:
@@ -66,7 +64,7 @@ def test_no_block_crosses_a_border_and_whole_blocks_are_seen(order, borders) -> 
 @pytest.mark.parametrize(("order", "borders"), BORDERS)
 def test_weights_are_the_dense_ones_over_what_is_seen(order, borders) -> None:
     config = BlockSparseConfig(keep=0.3, block_size=(8, 4), order=order, borders=borders)
-    weights, call, operator = weights_of(config, VIEWS)
+    weights, call, pattern = weights_of(config, VIEWS)
     scores = call.query @ call.key.mT * call.query.shape[-1] ** -0.5
     expected = scores.masked_fill(weights == 0, -torch.inf).softmax(-1)
     torch.testing.assert_close(weights, expected)
@@ -74,7 +72,7 @@ def test_weights_are_the_dense_ones_over_what_is_seen(order, borders) -> None:
     assert bool((weights[:, :, special] > 0).all())
     assert bool((weights[:, :, :, special] > 0).all())
     kept = (weights > 0).double().mean().item()
-    assert operator.keep_fraction(call.query, call.key) == pytest.approx(kept)
+    assert pattern.keep() == pytest.approx(kept)
     assert kept < 0.6
 
 
@@ -104,19 +102,17 @@ def test_a_dropped_block_is_seen_as_its_mean(grid: TokenGrid, borders) -> None:
     config = BlockSparseConfig(keep=0.25, block_size=(8, 4), borders=borders)
     seen, call, _ = weights_of(config, grid)
     config = dataclasses.replace(config, dropped="mean")
-    operator = config.build(call.site, grid, call.state)
-    value = torch.randn(2, 2, grid.num_tokens, 5, dtype=torch.float64)
-    out = operator(call.query, call.key, value, attn_mask=None, is_causal=False, scale=None)
+    out, _ = attend(config, call)
     _, tokens = split_positions(grid)
     numbers = block_of(grid, config)
-    mean_key, mean_value = call.key.clone(), value.clone()
+    mean_key, mean_value = call.key.clone(), call.value.clone()
     for number in numbers.unique():
         block = tokens[numbers == number]
         for x in (mean_key, mean_value):
             x[:, :, block] = x[:, :, block].mean(2, keepdim=True)
     kept = (seen > 0)[..., None]
     keys = torch.where(kept, call.key[:, :, None], mean_key[:, :, None])
-    values = torch.where(kept, value[:, :, None], mean_value[:, :, None])
+    values = torch.where(kept, call.value[:, :, None], mean_value[:, :, None])
     scores = torch.einsum("bhqd,bhqkd->bhqk", call.query, keys) * call.query.shape[-1] ** -0.5
     expected = torch.einsum("bhqk,bhqkd->bhqd", scores.softmax(-1), values)
     torch.testing.assert_close(out, expected)
@@ -127,7 +123,7 @@ def test_blocks_whose_mean_is_worst_are_kept(order, borders) -> None:
     config = BlockSparseConfig(
         keep=0.3, block_size=(4, 4), order=order, borders=borders, dropped="mean", selection="error"
     )
-    weights, call, operator = weights_of(config, VIEWS)
+    call = make_call(config, VIEWS)
     _, tokens = split_positions(VIEWS)
     numbers = block_of(VIEWS, config)
     blocks = [tokens[numbers == number] for number in numbers.unique()]
@@ -142,7 +138,7 @@ def test_blocks_whose_mean_is_worst_are_kept(order, borders) -> None:
     count = max(1, int(0.3 * len(blocks)))
     best = (mass.exp() * spread).topk(count).indices
     expected = torch.zeros_like(mass, dtype=torch.bool).scatter_(-1, best, value=True)
-    chosen = operator.choose_blocks(call.query, call.key)[..., : len(blocks)]
+    chosen = pattern_of(config, call).block_map[..., : len(blocks)]
     rows = chosen[:, :, chosen.any(-1)[0, 0]][:, :, : len(blocks)]
     assert torch.equal(rows[..., : len(blocks)], expected)
 
@@ -151,33 +147,28 @@ def test_blocks_whose_mean_is_worst_are_kept(order, borders) -> None:
 def test_a_mean_counts_as_one_key(borders) -> None:
     config = BlockSparseConfig(keep=0.25, block_size=(8, 4), borders=borders)
     call = make_call(config, VIEWS)
-    plain = config.build(call.site, VIEWS, call.state)
-    means = dataclasses.replace(config, dropped="mean").build(call.site, VIEWS, call.state)
+    plain = pattern_of(config, call)
+    means = pattern_of(dataclasses.replace(config, dropped="mean"), call)
     blocks = len(block_of(VIEWS, config).unique())
     columns = 27 if borders == "none" else 30  # each frame's last block is filling alone
-    kept = plain.choose_blocks(call.query, call.key)[..., :columns].sum(-1).double()
+    kept = plain.block_map[..., :columns].sum(-1).double()
     rows = torch.full((kept.shape[-1],), 8.0, dtype=torch.float64)
     if borders == "none":
         rows[-1] = VIEWS.num_grid_tokens - 8 * (len(rows) - 1)
     else:
         rows = torch.tensor([8.0, 8, 8, 8, 3] * 3, dtype=torch.float64)
     extra = ((blocks - kept) * rows).sum(-1).mean() / VIEWS.num_tokens**2
-    without = plain.keep_fraction(call.query, call.key)
-    assert means.keep_fraction(call.query, call.key) == pytest.approx(without + extra.item())
+    assert means.keep() == pytest.approx(plain.keep() + extra.item())
 
 
 def test_means_leave_out_hidden_keys() -> None:
     config = BlockSparseConfig(keep=0.25, block_size=(8, 4), dropped="mean")
     mask = (torch.arange(61) < torch.tensor([61, 38])[:, None])[:, None, None]
     call = make_call(config, TEXT)
-    value = torch.randn(2, 2, 61, 5, dtype=torch.float64)
-    given = {"is_causal": False, "scale": None}
-    out = config.build(call.site, TEXT, call.state)(
-        call.query, call.key, value, attn_mask=mask, **given
-    )
-    short = TokenGrid(width=38)
-    parts = [x[1:, :, :38] for x in (call.query, call.key, value)]
-    alone = config.build(call.site, short, call.state)(*parts, attn_mask=None, **given)
+    out, _ = attend(config, call, attn_mask=mask)
+    query, key, value = (x[1:, :, :38] for x in (call.query, call.key, call.value))
+    short = call._replace(grid=TokenGrid(width=38), query=query, key=key, value=value)
+    alone, _ = attend(config, short)
     torch.testing.assert_close(out[1:, :, :38], alone)
 
 
@@ -192,7 +183,7 @@ def test_long_sequences_are_worked_on_in_parts(monkeypatch) -> None:
     config = BlockSparseConfig(keep=0.25, block_size=(8, 4), dropped="mean")
     torch.manual_seed(0)
     whole, _, _ = weights_of(config, TEXT)
-    monkeypatch.setattr("retrofit.methods.block_means.CHUNK", 700)
+    monkeypatch.setattr("retrofit.patterns.means.CHUNK", 700)
     torch.manual_seed(0)
     parts, _, _ = weights_of(config, TEXT)
     torch.testing.assert_close(parts, whole)
@@ -203,9 +194,9 @@ def test_each_layer_keeps_its_own_fraction() -> None:
     images = torch.rand(1, 3, 3, 112, 112)
     keeps = (1.0, 0.75, 0.5, 0.5, 0.25, 0.1)
     config = BlockSparseConfig(layer_keep=keeps, block_size=(16, 16))
-    with retrofit.patch(model, config) as patch, torch.no_grad(), patch.measuring() as sites:
+    with retrofit.patch(model, config) as patch, torch.no_grad(), patch.measuring() as measured:
         model(images)
-        kept = [site.counts.keep[-1] for site in sites.values()]
+        kept = [measured.kept[path][-1] for path in patch.sites]
     assert kept[0] == 1.0
     assert kept[2] == pytest.approx(kept[3])
     assert sorted(kept, reverse=True) == kept

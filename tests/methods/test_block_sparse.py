@@ -14,19 +14,10 @@ from retrofit.layout.sites import AttentionSite, Network
 from retrofit.layout.token_order import hilbert_order
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.runtime.errors import ConfigError, UnsupportedError
-from tests.methods_table import make_call
+from tests.methods_table import attend, make_call, pattern_of
 
 TEXT = TokenGrid(width=61)
 SMALL = {"block_size": (8, 4)}
-
-
-def attend(config, call, value=None, **settings):
-    operator = config.build(call.site, call.grid, call.state)
-    if value is None:  # then the result is the attention weights
-        tokens = call.grid.num_tokens
-        value = torch.eye(tokens, dtype=torch.float64).expand(call.query.shape[0], 2, -1, -1)
-    arguments = {"attn_mask": None, "is_causal": False, "scale": None} | settings
-    return operator(call.query, call.key, value, **arguments), operator
 
 
 def blocks_of(weights: Tensor, block_q: int, block_k: int) -> Tensor:
@@ -39,15 +30,15 @@ def blocks_of(weights: Tensor, block_q: int, block_k: int) -> Tensor:
 @pytest.mark.parametrize(("keep", "count"), [(0.01, 1), (0.25, 4), (0.5, 8), (0.62, 9), (0.99, 15)])
 def test_keep_is_a_fraction_of_the_blocks_rounded_down(keep, count):
     config = BlockSparseConfig(keep=keep, **SMALL)
-    weights, operator = attend(config, make_call(config, TEXT))
+    weights, pattern = attend(config, make_call(config, TEXT).weighing())
     assert bool((blocks_of(weights, 8, 4).sum(-1) == count).all())
-    assert torch.equal(blocks_of(weights, 8, 4), operator.block_map)
+    assert torch.equal(blocks_of(weights, 8, 4), pattern.block_map)
 
 
 def test_with_keep_and_mass_the_larger_choice_counts():
     call = make_call(BlockSparseConfig(), TEXT)
     maps = [
-        attend(BlockSparseConfig(keep=keep, mass=mass, **SMALL), call)[1].block_map
+        pattern_of(BlockSparseConfig(keep=keep, mass=mass, **SMALL), call).block_map
         for keep, mass in ((0.4, None), (None, 0.5), (0.4, 0.5))
     ]
     assert torch.equal(maps[2], maps[0] | maps[1])
@@ -58,11 +49,10 @@ def test_with_keep_and_mass_the_larger_choice_counts():
 def test_a_single_block_and_keep_1_are_plain_dense_attention():
     for config in (BlockSparseConfig(keep=0.1), BlockSparseConfig(keep=1.0, **SMALL)):
         call = make_call(config, TEXT)
-        value = torch.randn(2, 2, 61, 5, dtype=torch.float64)
-        out, operator = attend(config, call, value)
-        dense = torch.nn.functional.scaled_dot_product_attention(call.query, call.key, value)
+        out, pattern = attend(config, call)
+        dense = torch.nn.functional.scaled_dot_product_attention(call.query, call.key, call.value)
         assert torch.equal(out, dense)
-        assert operator.keep_fraction(call.query, call.key) == 1.0
+        assert pattern.keep() == 1.0
 
 
 def as_mask(lengths: list[int], tokens: int) -> Tensor:
@@ -74,44 +64,42 @@ def as_mask(lengths: list[int], tokens: int) -> Tensor:
 def test_a_padded_text_gets_what_it_gets_alone(keep, mass, pooling):
     config = BlockSparseConfig(keep=keep, mass=mass, pooling=pooling, **SMALL)
     call = make_call(config, TEXT)
-    value = torch.randn(2, 2, 61, 5, dtype=torch.float64)
-    out, operator = attend(config, call, value, attn_mask=as_mask([61, 38], 61))
+    out, pattern = attend(config, call, attn_mask=as_mask([61, 38], 61))
     for row, length in enumerate((61, 38)):
         short = TokenGrid(width=length)
         alone = call._replace(
             grid=short,
             query=call.query[row : row + 1, :, :length],
             key=call.key[row : row + 1, :, :length],
+            value=call.value[row : row + 1, :, :length],
         )
-        expected, by_itself = attend(config, alone, value[row : row + 1, :, :length])
+        expected, by_itself = attend(config, alone)
         torch.testing.assert_close(out[row : row + 1, :, :length], expected)
         chosen, columns = by_itself.block_map, by_itself.block_map.shape[3]
         rows = length // 8  # of whole blocks of queries
-        assert torch.equal(operator.block_map[row, :, :rows, :columns], chosen[0, :, :rows])
-        assert not operator.block_map[row, :, :, columns:].any()
+        assert torch.equal(pattern.block_map[row, :, :rows, :columns], chosen[0, :, :rows])
+        assert not pattern.block_map[row, :, :, columns:].any()
 
 
 def test_what_is_padded_is_never_looked_at():
     config = BlockSparseConfig(keep=0.5, **SMALL)
     call = make_call(config, TEXT)
-    value = torch.randn(2, 2, 61, 5, dtype=torch.float64)
     mask = as_mask([61, 38], 61)
-    out, _ = attend(config, call, value, attn_mask=mask)
-    for tensor in (call.query, call.key, value):
+    out, _ = attend(config, call, attn_mask=mask)
+    for tensor in (call.query, call.key, call.value):
         tensor[1, :, 38:] = 1e6
-    again, _ = attend(config, call, value, attn_mask=mask)
+    again, _ = attend(config, call, attn_mask=mask)
     assert torch.equal(out[0], again[0])
     assert torch.equal(out[1, :, :38], again[1, :, :38])
 
 
 def test_keep_is_measured_over_the_tokens_that_are_there():
     config = BlockSparseConfig(keep=0.5, **SMALL)
-    call = make_call(config, TEXT)
-    weights, operator = attend(config, call, attn_mask=as_mask([61, 38], 61))
+    call = make_call(config, TEXT).weighing()
+    weights, pattern = attend(config, call, attn_mask=as_mask([61, 38], 61))
     pairs = (weights[0] > 0).sum() + (weights[1, :, :38] > 0).sum()
     total = 2 * (61**2 + 38**2)
-    kept = operator.keep_fraction(call.query, call.key)
-    assert kept == pytest.approx(pairs.item() / total)
+    assert pattern.keep() == pytest.approx(pairs.item() / total)
 
 
 @pytest.mark.parametrize("kind", ["band", "documents", "per head"])
@@ -124,7 +112,7 @@ def test_under_a_mask_with_differing_rows_every_query_sees_itself(kind):
         mask = place[:, None] // 23 == place // 23
     if kind == "per head":
         mask = torch.stack([mask, place[:, None] // 23 == place // 23])[None]
-    weights, _ = attend(config, call, attn_mask=mask)
+    weights, _ = attend(config, call.weighing(), attn_mask=mask)
     assert bool((weights.diagonal(dim1=-2, dim2=-1) > 0).all())
     assert not bool((weights[(~mask).expand_as(weights)] > 0).any())
     torch.testing.assert_close(weights.sum(-1), torch.ones(2, 2, 61, dtype=torch.float64))
@@ -134,8 +122,8 @@ def test_a_bias_is_added_to_the_scores_of_what_is_chosen():
     config = BlockSparseConfig(keep=0.5, **SMALL)
     call = make_call(config, TEXT)
     bias = torch.randn(2, 61, 61, dtype=torch.float64)
-    weights, operator = attend(config, call, attn_mask=bias)
-    seen = operator.block_map.repeat_interleave(8, 2)[:, :, :61].repeat_interleave(4, 3)[..., :61]
+    weights, pattern = attend(config, call.weighing(), attn_mask=bias)
+    seen = pattern.block_map.repeat_interleave(8, 2)[:, :, :61].repeat_interleave(4, 3)[..., :61]
     scores = call.query @ call.key.transpose(-1, -2) / math.sqrt(8) + bias
     torch.testing.assert_close(weights, scores.masked_fill(~seen, -math.inf).softmax(-1))
 
@@ -145,10 +133,10 @@ def test_upstream_selection_drops_special_keys_that_share_an_unchosen_block():
     special, tokens = split_positions(grid)
     for literal in (False, True):
         config = BlockSparseConfig(keep=0.1, upstream_selection=literal, **SMALL)
-        weights, operator = attend(config, make_call(config, grid))
+        weights, pattern = attend(config, make_call(config, grid).weighing())
         seen = weights[:, :, tokens][..., special] > 0
         assert bool(seen[..., 1:].all())  # in blocks of their own
-        last = operator.block_map[..., 15].repeat_interleave(8, 2)[:, :, :63]
+        last = pattern.block_map[..., 15].repeat_interleave(8, 2)[:, :, :63]
         expected = last if literal else torch.ones_like(last)
         assert torch.equal(seen[..., 0], expected)
         assert not bool(last.all())
@@ -159,12 +147,12 @@ def test_along_the_curve_blocks_are_cut_from_its_tokens():
     config = BlockSparseConfig(keep=0.3, order="hilbert", **SMALL)
     call = make_call(config, grid)
     order = torch.tensor(hilbert_order(7, 9))
-    weights, operator = attend(config, call)
+    weights, pattern = attend(config, call.weighing())
     raster = BlockSparseConfig(keep=0.3, **SMALL)
     walked = call._replace(query=call.query[:, :, order], key=call.key[:, :, order])
-    expected, in_raster = attend(raster, walked)
+    expected, in_raster = attend(raster, walked.weighing())
     torch.testing.assert_close(weights[:, :, order][..., order], expected)
-    assert torch.equal(operator.block_map, in_raster.block_map)
+    assert torch.equal(pattern.block_map, in_raster.block_map)
 
 
 def test_attention_within_a_frame_stays_dense():

@@ -10,29 +10,18 @@ import torch
 import retrofit
 from retrofit.kernels import mask_from_lists
 from retrofit.kernels.block_sparse.native import library
-from retrofit.kernels.grid_window.circles import circular_mask
 from retrofit.layout.grid import TokenGrid, split_positions
-from retrofit.methods.base import DENSE
-from retrofit.methods.circle_tiles import circle_lists, tile_shape
-from retrofit.methods.clear import Circles, ClearConfig
+from retrofit.methods.clear import ClearConfig
+from retrofit.patterns import Circle
+from retrofit.patterns.listing import tile_shape
 from retrofit.runtime.errors import ConfigError, UnsupportedError
-from tests.methods_table import make_call
+from tests.methods_table import attend, circle_mask, make_call, pattern_of
 from tests.tiny_models import FAMILY_MODELS
 
 LARGE = TokenGrid(height=19, width=37, num_prefix_tokens=70)
 EVEN = TokenGrid(height=12, width=20, num_prefix_tokens=5, num_suffix_tokens=2)
 needs_native = pytest.mark.skipif(library()[0] is None, reason=f"native kernel: {library()[1]}")
 CPU = torch.device("cpu")
-
-
-def build(config, grid):
-    call = make_call(config, grid)
-    return config.build(call.site, grid, call.state), call
-
-
-def attend(operator, call, value, **settings):
-    arguments = {"attn_mask": None, "is_causal": False, "scale": None} | settings
-    return operator(call.query, call.key, value, **arguments)
 
 
 def attend_masked(query, keys, values, mask, scale):
@@ -63,12 +52,12 @@ def squares(x, grid, side, weights):
 @pytest.mark.parametrize("grid", [LARGE, TokenGrid(height=3, width=101), TokenGrid(width=75)])
 def test_every_route_gives_the_masked_dense_result(backend, radius, grid, monkeypatch):
     monkeypatch.setenv("RETROFIT_BACKEND", backend)
-    operator, call = build(ClearConfig(radius=radius), grid)
-    call = call._replace(query=call.query.float(), key=call.key.float())
-    value = torch.randn(2, 2, grid.num_tokens, 5)
-    out = attend(operator, call, value)
-    wide = [x.double() for x in (call.query, call.key, value)]
-    expected = attend_masked(*wide, circular_mask(grid, radius), 8**-0.5)
+    config = ClearConfig(radius=radius)
+    call = make_call(config, grid)
+    call = call._replace(query=call.query.float(), key=call.key.float(), value=call.value.float())
+    out, _ = attend(config, call)
+    wide = [x.double() for x in (call.query, call.key, call.value)]
+    expected = attend_masked(*wide, circle_mask(grid, radius), 8**-0.5)
     torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
 
 
@@ -78,34 +67,35 @@ def test_pooled_keys_are_seen_by_the_picture_and_by_no_text(learnt, pool):
     grid = EVEN
     weights = torch.rand(pool**2).tolist() if learnt else [pool**-2] * pool**2
     config = ClearConfig(radius=3, pool=pool, pool_weights=tuple(weights) if learnt else None)
-    operator, call = build(config, grid)
-    value = torch.randn(2, 2, grid.num_tokens, 5, dtype=torch.float64)
-    keys, values = (torch.cat([x, squares(x, grid, pool, weights)], 2) for x in (call.key, value))
-    mask = circular_mask(grid, 3, pool=pool)
+    call = make_call(config, grid)
+    keys, values = (
+        torch.cat([x, squares(x, grid, pool, weights)], 2) for x in (call.key, call.value)
+    )
+    mask = circle_mask(grid, 3, num_pooled=keys.shape[2] - grid.num_tokens)
     expected = attend_masked(call.query, keys, values, mask, 8**-0.5)
-    torch.testing.assert_close(attend(operator, call, value), expected)
-    seen = mask.sum().item() / grid.num_tokens**2
-    assert operator.keep_fraction(call.query, call.key) == pytest.approx(seen)
+    out, pattern = attend(config, call)
+    torch.testing.assert_close(out, expected)
+    assert pattern.pairs() == mask.sum().item()
 
 
 @pytest.mark.parametrize("pool", [None, 2])
 @pytest.mark.parametrize("radius", [3, 512])
 def test_the_scale_grows_with_the_tokens_of_a_call(pool, radius):
     grid = EVEN
-    operator, call = build(ClearConfig(radius=radius, pool=pool, temperature_base=100), grid)
-    value = torch.randn(2, 2, grid.num_tokens, 5, dtype=torch.float64)
+    config = ClearConfig(radius=radius, pool=pool, temperature_base=100)
+    call = make_call(config, grid)
     length = grid.num_tokens * (10 if pool else 1)
     scale = math.sqrt(math.log(length) / math.log(100) / 8)
-    plain, _ = build(ClearConfig(radius=radius, pool=pool), grid)
-    expected = attend(plain, call, value, scale=scale)
-    torch.testing.assert_close(attend(operator, call, value), expected)
-    assert not torch.allclose(expected, attend(plain, call, value))
+    plain = ClearConfig(radius=radius, pool=pool)
+    expected, _ = attend(plain, call, scale=scale)
+    torch.testing.assert_close(attend(config, call)[0], expected)
+    assert not torch.allclose(expected, attend(plain, call)[0])
 
 
 def test_radius_1_is_the_token_itself_and_the_text():
     grid = TokenGrid(height=9, width=10, num_prefix_tokens=4)
-    operator, call = build(ClearConfig(radius=1), grid)
-    weights = attend(operator, call, torch.eye(94, dtype=torch.float64).expand(2, 2, -1, -1))
+    config = ClearConfig(radius=1)
+    weights, _ = attend(config, make_call(config, grid).weighing())
     seen = weights[0, 0] > 0
     expected = torch.eye(94, dtype=torch.bool)
     expected[:4] = True
@@ -115,19 +105,21 @@ def test_radius_1_is_the_token_itself_and_the_text():
 
 def test_a_radius_is_dense_from_beyond_the_diagonal_on():
     grid = TokenGrid(height=4, width=5, num_prefix_tokens=2)
-    assert build(ClearConfig(radius=5.01), grid)[0] is DENSE
-    assert isinstance(build(ClearConfig(radius=5), grid)[0], Circles)
+    call = make_call(ClearConfig(), grid)
+    assert pattern_of(ClearConfig(radius=5.01), call).is_dense
+    assert not pattern_of(ClearConfig(radius=5), call).is_dense
     frames = TokenGrid(frames=2, height=3, width=3)
-    assert isinstance(build(ClearConfig(radius=99), frames)[0], Circles)  # each by itself
+    call = make_call(ClearConfig(), frames)
+    assert not pattern_of(ClearConfig(radius=99), call).is_dense  # each by itself
 
 
 @pytest.mark.parametrize("radius", [8, 16, 32])
 def test_tiles_that_are_visited_are_not_much_more_than_the_circles_hold(radius):
     grid = TokenGrid(height=128, width=128)
-    lists = circle_lists(grid, radius, 0, CPU).lists
+    circle = Circle(layout=grid, radius=radius)
+    lists = circle.listed(CPU).lists
     visited = lists.counts.sum().item() * 64 * 64 / grid.num_tokens**2
-    needed = Circles(config=ClearConfig(radius=radius), grid=grid).keep_fraction(None, None)
-    assert visited < {8: 2.9, 16: 2.0, 32: 1.6}[radius] * needed
+    assert visited < {8: 2.9, 16: 2.0, 32: 1.6}[radius] * circle.keep()
     assert lists.max_count <= {8: 9, 16: 25, 32: 77}[radius]
     assert (mask_from_lists(lists, 256).sum(-1) == lists.counts).all()  # none is listed twice
 
@@ -146,23 +138,19 @@ def test_squares_at_the_borders_may_be_short(size, learnt):
     grid = TokenGrid(height=size[0], width=size[1], num_prefix_tokens=3, num_suffix_tokens=2)
     weights = torch.rand(16).tolist() if learnt else [1 / 16] * 16
     config = ClearConfig(radius=3, pool=4, pool_weights=tuple(weights) if learnt else None)
-    operator, call = build(config, grid)
-    value = torch.randn(2, 2, grid.num_tokens, 5, dtype=torch.float64)
-    pairs = [(x, squares(x, grid, 4, weights)) for x in (call.key, value)]
-    of_grid = torch.zeros(grid.num_tokens, dtype=torch.bool)
-    of_grid[split_positions(grid)[1]] = True
-    pooled = of_grid[:, None].expand(-1, pairs[0][1].shape[2])
-    mask = torch.cat([circular_mask(grid, 3), pooled], 1)
+    call = make_call(config, grid)
+    pairs = [(x, squares(x, grid, 4, weights)) for x in (call.key, call.value)]
+    mask = circle_mask(grid, 3, num_pooled=pairs[0][1].shape[2])
     expected = attend_masked(call.query, *(torch.cat(pair, 2) for pair in pairs), mask, 8**-0.5)
-    torch.testing.assert_close(attend(operator, call, value), expected)
-    seen = mask.sum().item() / grid.num_tokens**2
-    assert operator.keep_fraction(call.query, call.key) == pytest.approx(seen)
+    out, pattern = attend(config, call)
+    torch.testing.assert_close(out, expected)
+    assert pattern.pairs() == mask.sum().item()
 
 
 def test_a_short_square_of_plain_weights_is_the_mean_of_what_it_holds():
     grid = TokenGrid(height=5, width=4)
     keys = torch.randn(1, 1, 20, 3, dtype=torch.float64)
-    pooled = Circles(config=ClearConfig(radius=2, pool=4), grid=grid).pool(keys)
+    pooled = Circle(layout=grid, radius=2, pool=4).further_keys(keys)
     expected = torch.stack([keys[:, :, :16].mean(2), keys[:, :, 16:].mean(2)], 2)
     torch.testing.assert_close(pooled, expected)
 
@@ -170,15 +158,15 @@ def test_a_short_square_of_plain_weights_is_the_mean_of_what_it_holds():
 def test_a_square_far_larger_than_the_grid_takes_no_more_memory_than_it():
     grid = TokenGrid(height=3, width=5)
     keys = torch.ones(1, 1, 15, 2, dtype=torch.float64)
-    pooled = Circles(config=ClearConfig(radius=2, pool=2000), grid=grid).pool(keys)
+    pooled = Circle(layout=grid, radius=2, pool=2000).further_keys(keys)
     torch.testing.assert_close(pooled, torch.ones(1, 1, 1, 2, dtype=torch.float64))
 
 
 def test_a_mask_beside_pooled_keys_is_refused():
-    operator, call = build(ClearConfig(radius=3, pool=2), EVEN)
+    config = ClearConfig(radius=3, pool=2)
     mask = torch.ones(2, 1, 1, EVEN.num_tokens, dtype=torch.bool)
     with pytest.raises(UnsupportedError, match="expected attention without a mask beside `pool`"):
-        attend(operator, call, call.key, attn_mask=mask)
+        attend(config, make_call(config, EVEN), attn_mask=mask)
 
 
 @pytest.mark.parametrize(

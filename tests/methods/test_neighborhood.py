@@ -8,7 +8,7 @@ import torch
 from retrofit.layout.grid import TokenGrid
 from retrofit.methods.neighborhood import NeighborhoodConfig
 from retrofit.runtime.errors import ConfigError
-from tests.methods_table import make_call
+from tests.methods_table import attend, make_call, pattern_of
 
 TEXT = TokenGrid(width=400)
 VIDEO = TokenGrid(frames=21, height=30, width=52)
@@ -16,7 +16,7 @@ VIDEO = TokenGrid(frames=21, height=30, width=52)
 
 def build(config, grid):
     call = make_call(config, TokenGrid(width=1))
-    return config.build(call.site, grid, call.state)
+    return pattern_of(config, call._replace(grid=grid))
 
 
 @pytest.mark.parametrize(
@@ -29,18 +29,14 @@ def build(config, grid):
     ],
 )
 def test_keep_chooses_the_window_for_the_tokens_of_the_call(grid, keep, window):
-    operator = build(NeighborhoodConfig(keep=keep), grid)
-    assert operator.window_size == window
-    assert operator.keep_fraction(None, None) == pytest.approx(keep, rel=0.07)
+    pattern = build(NeighborhoodConfig(keep=keep), grid)
+    assert pattern.window_size == window
+    assert pattern.keep() == pytest.approx(keep, rel=0.07)
 
 
 def test_queries_at_the_border_see_as_many_keys_as_in_the_middle():
     config, grid = NeighborhoodConfig(window_size=(1, 3, 5)), TokenGrid(height=9, width=11)
-    call = make_call(config, grid)
-    value = torch.eye(99, dtype=torch.float64).expand(2, 2, -1, -1)
-    weights = build(config, grid)(
-        call.query, call.key, value, attn_mask=None, is_causal=False, scale=None
-    )
+    weights, _ = attend(config, make_call(config, grid).weighing())
     assert bool(((weights > 0).sum(-1) == 15).all())
 
 
@@ -48,21 +44,15 @@ def test_a_stride_as_large_as_the_window_cuts_the_grid_into_windows():
     from retrofit.methods.window import WindowConfig
 
     grid = TokenGrid(width=24)
-    outs = []
-    for config in (NeighborhoodConfig(window_size=6, stride=6), WindowConfig(window_size=6)):
-        call = make_call(config, grid)
-        outs.append(
-            config.build(call.site, grid, call.state)(
-                call.query, call.key, call.key, attn_mask=None, is_causal=False, scale=None
-            )
-        )
+    configs = NeighborhoodConfig(window_size=6, stride=6), WindowConfig(window_size=6)
+    outs = [attend(config, make_call(config, grid))[0] for config in configs]
     torch.testing.assert_close(*outs)
 
 
 def test_a_dilation_is_lowered_where_the_window_would_not_fit():
     config = NeighborhoodConfig(window_size=(3, 3, 5), dilation=(4, 2, 9))
-    operator = build(config, TokenGrid(frames=3, height=7, width=20))
-    assert operator.dilation == (1, 2, 4)
+    pattern = build(config, TokenGrid(frames=3, height=7, width=20))
+    assert pattern.dilation == (1, 2, 4)
 
 
 def test_a_method_without_settings_keeps_a_quarter():

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods.base import DENSE
 from retrofit.methods.neighborhood import NeighborhoodConfig
 from retrofit.methods.window import WindowConfig
 from retrofit.runtime.errors import ConfigError
-from tests.methods_table import make_call
+from tests.methods_table import attend, make_call, pattern_of
 
 TEXT = TokenGrid(width=400)
 PHOTO = TokenGrid(height=14, width=14, num_prefix_tokens=1)
@@ -19,7 +17,7 @@ VIDEO = TokenGrid(frames=21, height=30, width=52)
 
 def build(config, grid, index=0):
     call = make_call(config, TokenGrid(width=1), index=index)
-    return config.build(call.site, grid, call.state)
+    return pattern_of(config, call._replace(grid=grid))
 
 
 @pytest.mark.parametrize(
@@ -35,9 +33,9 @@ def build(config, grid, index=0):
     ],
 )
 def test_keep_chooses_windows_for_the_tokens_of_the_call(grid, keep, window, kept):
-    operator = build(WindowConfig(keep=keep), grid)
-    assert operator.window_size == window
-    assert operator.keep_fraction(None, None) == pytest.approx(kept, abs=1e-3)
+    pattern = build(WindowConfig(keep=keep), grid)
+    assert pattern.window_size == window
+    assert pattern.keep() == pytest.approx(kept, abs=1e-3)
 
 
 @pytest.mark.parametrize("grid", [TEXT, PHOTO, VIDEO])
@@ -46,9 +44,9 @@ def test_keep_chooses_windows_for_the_tokens_of_the_call(grid, keep, window, kep
     [WindowConfig(keep=1.0), WindowConfig(window_size=400), NeighborhoodConfig(keep=1.0)],
 )
 def test_a_window_as_large_as_the_grid_is_the_dense_attention_itself(config, grid):
-    operator = build(config, grid)
-    assert operator is DENSE
-    assert operator.keep_fraction(None, None) == 1.0
+    pattern = build(config, grid)
+    assert pattern.is_dense
+    assert pattern.keep() == 1.0
 
 
 @pytest.mark.parametrize(
@@ -56,7 +54,7 @@ def test_a_window_as_large_as_the_grid_is_the_dense_attention_itself(config, gri
 )
 @pytest.mark.parametrize("keep", [0.05, 0.1, 0.2, 0.3, 0.4, 0.5])
 def test_what_is_kept_is_near_what_was_asked(grid, keep):
-    kept = build(WindowConfig(keep=keep), grid).keep_fraction(None, None)
+    kept = build(WindowConfig(keep=keep), grid).keep()
     smallest = 1 / grid.num_grid_tokens + grid.num_special_tokens * 2 / grid.num_tokens
     assert keep / 1.5 <= max(kept, smallest) <= max(1.5 * keep, 1.5 * smallest)
 
@@ -71,13 +69,8 @@ def test_every_second_site_is_shifted_by_half_a_window_on_the_axes_that_are_cut(
 def test_a_shift_joins_what_the_site_before_separates():
     config = WindowConfig(window_size=8, shift=True)
     grid = TokenGrid(width=32)
-    value = torch.eye(32, dtype=torch.float64).expand(2, 2, -1, -1)
-    first, second = (
-        config.build(call.site, grid, call.state)(
-            call.query, call.key, value, attn_mask=None, is_causal=False, scale=None
-        )[0, 0]
-        for call in (make_call(config, grid, index=index) for index in (0, 1))
-    )
+    calls = [make_call(config, grid, index=index).weighing() for index in (0, 1)]
+    first, second = (attend(config, call)[0][0, 0] for call in calls)
     assert first[7, 8] == 0
     assert second[7, 8] > 0
     assert bool(((first @ second)[7] > 0).any())

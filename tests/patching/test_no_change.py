@@ -163,7 +163,7 @@ def test_patch_says_what_changes_nothing_at_the_training_size(pipeline, run_comm
 
 
 def test_a_proof_that_finds_no_change_says_what_to_set():
-    recipe = Recipe(method=METHODS["clear"](radius=900.0))
+    recipe = Recipe.of(METHODS["clear"](radius=900.0))
     with pytest.raises(retrofit.runtime.errors.UnsupportedError) as caught:
         make_proof(tiny_models.make_flux(), recipe, seed=0, device="cpu")
     assert "changes nothing at up to 128x128 latents" in str(caught.value)
@@ -174,8 +174,8 @@ def test_compare_gives_no_speed_to_a_variant_that_changes_nothing():
     call = ModelCall(arguments=tiny_models.make_text_inputs(length=64))
     item = ModelInput(name="text", calls=(call,), tokens=64)
     variants = {
-        "whole": Recipe(method=METHODS["window"](keep=1.0)),
-        "half": Recipe(method=METHODS["window"](keep=0.5)),
+        "whole": Recipe.of(METHODS["window"](keep=1.0)),
+        "half": Recipe.of(METHODS["window"](keep=0.5)),
     }
     found = compare_models(tiny_models.make_bert(), variants, [item], rounds=1)
     assert [row.changes_nothing for row in found.variants] == [True, False]

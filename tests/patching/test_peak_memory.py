@@ -39,7 +39,7 @@ def dense_peak() -> int:
 
 @pytest.mark.parametrize("name", ["block-sparse", "neighborhood", "window"])
 def test_peak_memory_stays_at_or_below_the_dense_models(name, dense_peak):
-    patched = peak(Recipe(method=METHODS[name](keep=0.25)))
+    patched = peak(Recipe.of(METHODS[name](keep=0.25)))
     assert patched <= ALLOWED_FRACTION * dense_peak + ALLOWED_PACKING
     # an N x N matrix of one layer alone would be 256 MiB
     assert patched < dense_peak + 4 * TOKENS**2

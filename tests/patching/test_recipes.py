@@ -9,7 +9,8 @@ import pytest
 import retrofit
 from retrofit.families import FAMILIES
 from retrofit.methods import METHODS
-from retrofit.patching.recipe import Recipe, default_recipe, shipped_recipes, with_parameters
+from retrofit.patching.recipe import Recipe, default_recipe, shipped_recipes
+from retrofit.patching.settings import with_parameters
 from retrofit.runtime.errors import ConfigError
 from tests.tiny_models import FAMILY_MODELS
 
@@ -21,13 +22,14 @@ MODELS = {row.family: name for name, row in reversed(FAMILY_MODELS.items())}
 def test_a_recipe_is_named_after_its_family_and_method_and_described(name):
     recipe = Recipe.read(SHIPPED[name])
     family, method, *variant = name.split("_", 2)
-    assert (family, method) == (recipe.family, recipe.method.name)
+    assert family == recipe.family
+    assert method == recipe.rules[0].method.name
     assert family in FAMILIES
     assert method in METHODS
     assert 40 < len(recipe.description) < 300
     if variant:
         plain = Recipe.read(SHIPPED[f"{family}_{method}"])
-        assert plain.method != recipe.method
+        assert plain.rules != recipe.rules
 
 
 @pytest.mark.parametrize("name", SHIPPED)
@@ -44,8 +46,7 @@ def test_a_recipe_fits_its_family(name):
     row = FAMILY_MODELS[MODELS[recipe.family]]
     model = row.make_model()
     with retrofit.patch(model, recipe) as patch:
-        if recipe.method.needs_steps:
-            patch.at_step(0, 10)
+        patch.at_step(recipe.acting_step(10), 10)
         with patch.measuring():
             row.call(model, row.make_inputs(batch=1, odd=True))
         assert patch.report.patched

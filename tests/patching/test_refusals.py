@@ -15,12 +15,15 @@ from retrofit.runtime.errors import (
     RetrofitError,
     UnsupportedError,
 )
+from tests.architectures.small_networks import small_vggt
 from tests.patching.test_patch import patched_unet, run
 from tests.tiny_models import (
     make_bert,
+    make_flux,
     make_sd15_unet,
     make_text_inputs,
     make_unet_inputs,
+    make_vit,
     make_wan,
     make_wan_inputs,
 )
@@ -50,6 +53,15 @@ def test_a_method_that_does_not_fit_says_which_do():
         UnsupportedError, match=r"hidiffusion does not fit.*Methods that do: .*freeswim"
     ):
         retrofit.patch(make_wan(), "hidiffusion")
+
+
+@pytest.mark.parametrize("method", ["t3", "freeswim"])
+@pytest.mark.parametrize("make", [make_bert, make_vit, make_sd15_unet, make_flux, small_vggt])
+def test_a_method_for_videos_is_refused_where_no_frames_follow_one_another(make, method):
+    with pytest.raises(
+        UnsupportedError, match=rf"{method} does not fit.*frames that follow one another in time"
+    ):
+        retrofit.patch(make(), method)
 
 
 def test_a_misspelt_method_gets_the_nearest_name():

@@ -9,27 +9,23 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
+from retrofit.layout.grid import TokenGrid
+from retrofit.methods.t3 import boxes
+from retrofit.patterns import Neighborhood, Windows
 from retrofit.profiling.bench.attention import Attention, Shape
-from retrofit.profiling.bench.checking import (
-    SampledRows,
-    boxes,
-    inward_window,
-    relative_error,
-    visible_blocks,
-    visible_in_grid,
-)
+from retrofit.profiling.bench.checking import SampledRows, relative_error, visible_by
 from retrofit.profiling.bench.lines import time_routes
 from retrofit.profiling.bench.patterns import (
     block_sparse_route,
-    boxes_route,
     draw_block_mask,
-    inward_route,
     kept_of_blocks,
-    t3_route,
+    pattern_route,
 )
 
-GRID = (3, 5, 7)
+LAYOUT = TokenGrid(frames=3, height=5, width=7)
+GRID = LAYOUT.shape
 TOKENS = 105
+INWARD = Neighborhood(layout=LAYOUT, window_size=(3, 3, 5))
 
 
 def drawn(seq_len=TOKENS, heads=2):
@@ -47,8 +43,8 @@ def brute_force(sees):
     return mask
 
 
-def full_mask(visible):
-    return visible(0, 0, torch.arange(TOKENS))
+def full_mask(pattern):
+    return visible_by(pattern)(0, 0, torch.arange(TOKENS))
 
 
 def test_inward_windows_keep_their_size_at_the_border():
@@ -58,7 +54,7 @@ def test_inward_windows_keep_their_size_at_the_border():
         start = min(max(query - window[axis] // 2, 0), GRID[axis] - window[axis])
         return start <= key < start + window[axis]
 
-    made = full_mask(visible_in_grid(GRID, inward_window(GRID, window)))
+    made = full_mask(Neighborhood(layout=LAYOUT, window_size=window))
     assert torch.equal(made, brute_force(sees))
     assert (made.sum(1) == math.prod(window)).all()
 
@@ -72,19 +68,17 @@ def test_boxes_hold_the_tokens_that_share_one(strided):
         count = math.ceil(GRID[axis] / window[axis])
         return place % count if strided else place // window[axis]
 
-    made = full_mask(visible_in_grid(GRID, boxes(GRID, window, shift, strided=strided)))
+    made = full_mask(Windows(layout=LAYOUT, window_size=window, shift=shift, strided=strided))
     assert torch.equal(made, brute_force(lambda axis, q, k: box(axis, q) == box(axis, k)))
 
 
 def test_block_masks_show_whole_blocks():
     mask = torch.tensor([[[[True, False], [False, True], [True, True]]]])
-    seen = visible_blocks(mask, (2, 3), 5)(0, 0, torch.tensor([0, 2, 3, 4]))
-    assert seen.tolist() == [
-        [True, True, True, False, False],
-        [False, False, False, True, True],
-        [False, False, False, True, True],
-        [True, True, True, True, True],
-    ]
+    attention = drawn(5, heads=1)
+    seen = torch.tensor([[1, 1, 1, 0, 0]] * 2 + [[0, 0, 0, 1, 1]] * 2 + [[1] * 5]).bool()
+    tensors = [x.double() for x in (attention.query, attention.key, attention.value)]
+    expected = scaled_dot_product_attention(*tensors, seen)
+    torch.testing.assert_close(block_sparse_route(attention, mask, (2, 3)).expected, expected)
     assert kept_of_blocks(mask, (2, 3), 5) == pytest.approx((2 * 3 + 2 * 2 + 1 * 5) / 25)
 
 
@@ -126,10 +120,10 @@ def test_nan_is_an_infinite_error():
         lambda a: block_sparse_route(
             a, draw_block_mask(2, TOKENS, (16, 16), 0.4, torch.Generator()), (16, 16)
         ),
-        lambda a: inward_route(a, GRID, (3, 3, 5)),
-        lambda a: boxes_route(a, GRID, (2, 3, 4), shift=(1, 2, 3)),
-        lambda a: t3_route(a, GRID, (3, 2, 2)),
-        lambda a: t3_route(a, GRID, (3, 1, 1)),
+        lambda a: pattern_route(a, INWARD),
+        lambda a: pattern_route(a, Windows(layout=LAYOUT, window_size=(2, 3, 4), shift=(1, 2, 3))),
+        lambda a: pattern_route(a, boxes(LAYOUT, (3, 2, 2))),
+        lambda a: pattern_route(a, boxes(LAYOUT, (3, 1, 1))),
     ],
     ids=["blocks", "inward", "boxes", "t3", "t3, one branch"],
 )
@@ -149,31 +143,30 @@ def test_every_route_is_right_and_counts_its_pairs(make):
 
 
 @pytest.mark.parametrize(
-    ("make", "mask"),
+    "pattern",
     [
-        (lambda a: inward_route(a, GRID, (3, 3, 4)), inward_window(GRID, (3, 3, 4))),
-        (lambda a: boxes_route(a, GRID, (2, 3, 4)), boxes(GRID, (2, 3, 4))),
+        Neighborhood(layout=LAYOUT, window_size=(3, 3, 4)),
+        Windows(layout=LAYOUT, window_size=(2, 3, 4)),
     ],
     ids=["inward", "boxes"],
 )
-def test_kept_fractions_are_those_of_the_mask(make, mask):
-    visible = full_mask(visible_in_grid(GRID, mask))
-    assert make(drawn()).kept == pytest.approx(float(visible.double().mean()))
+def test_kept_fractions_are_those_of_the_mask(pattern):
+    visible = full_mask(pattern)
+    assert pattern_route(drawn(), pattern).kept == pytest.approx(float(visible.double().mean()))
 
 
 def test_kept_fraction_of_t3_counts_both_branches():
-    attention, counts, window = drawn(), (3, 2, 2), (1, 3, 4)
     near, far = (
-        full_mask(visible_in_grid(GRID, boxes(GRID, window, strided=strided)))
+        full_mask(Windows(layout=LAYOUT, window_size=(1, 3, 4), strided=strided))
         for strided in (False, True)
     )
     expected = float(near.double().mean() + far.double().mean())
-    assert t3_route(attention, GRID, counts).kept == pytest.approx(expected)
+    assert pattern_route(drawn(), boxes(LAYOUT, (3, 2, 2))).kept == pytest.approx(expected)
 
 
 def test_a_wrong_route_has_no_time():
     attention = drawn()
-    route = inward_route(attention, GRID, (3, 3, 5))
+    route = pattern_route(attention, INWARD)
     right = attention.dense()
     wrong = type(route)(name="wrong", run=right.run, expected=route.expected, kept=route.kept)
     (line,) = time_routes("case", attention, [wrong], rounds=2)

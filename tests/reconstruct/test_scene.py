@@ -86,20 +86,20 @@ MEASURE = """
 import sys
 import torch
 from retrofit.architectures.vggt import VGGT
-from retrofit.evaluate.peak_memory import _high_water_mark, _restart_high_water_mark
 from retrofit.patching.patch import patch
+from retrofit.runtime.memory import peak_memory, restart_peak
 from tests.reconstruct.test_scene import CONFIG, SETTINGS, SIZE, VIEWS
 torch.set_num_threads(1)
 before = 0
 with torch.inference_mode():
     VGGT.from_config(CONFIG)(torch.rand(1, 1, 3, 28, 28))  # libraries and their workspaces
-    _restart_high_water_mark()
-    before = _high_water_mark()
+    restart_peak()
+    before = peak_memory()
     model = VGGT.from_config(CONFIG).eval()
     if len(sys.argv) > 1:
         patch(model, "block-sparse", **SETTINGS[sys.argv[1]])
     model(torch.rand(1, VIEWS, 3, *SIZE))
-print(_high_water_mark() - before)
+print(peak_memory() - before)
 """
 VIEWS, SIZE = 12, (196, 252)
 

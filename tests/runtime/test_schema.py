@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import pytest
 
-from retrofit.checkpoints.record_types import SavedRecipe
+from retrofit.checkpoints.record_types import Record
 from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within, find_problems
 
 
@@ -118,6 +118,8 @@ def test_a_mapping_may_allow_other_keys_which_are_looked_at_too():
     ],
 )
 def test_a_saved_recipe_has_a_method_or_rules(recipe, problem):
-    problems = find_problems(recipe, SavedRecipe, "recipe")
+    problems = find_problems(
+        recipe, get_type_hints(Record, include_extras=True)["recipe"], "recipe"
+    )
     assert bool(problems) == (problem is not None)
     assert problem is None or problems[0].startswith(problem)

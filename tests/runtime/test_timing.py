@@ -8,8 +8,7 @@ import math
 import pytest
 import torch
 
-from retrofit.runtime import timing
-from retrofit.runtime.timing import Contender, Race, filled_with_nan, race
+from retrofit.runtime.timing import Contender, Race, Spread, filled_with_nan, race, timed, turned
 
 
 class FakeClock:
@@ -129,15 +128,23 @@ def test_a_baseline_that_varies_by_a_quarter_makes_a_run_noisy(times, noisy):
     assert result.is_noisy("a") is noisy
 
 
-def test_pinning_takes_the_idlest_core_and_one_thread(monkeypatch):
-    ticks = iter([{0: 100, 1: 100, 2: 100}, {0: 101, 1: 120, 2: 105}])
-    pinned = []
-    monkeypatch.setattr(timing, "_idle_ticks", lambda: next(ticks))
-    monkeypatch.setattr(timing.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(timing.os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
-    monkeypatch.setattr(
-        timing.os, "sched_setaffinity", lambda pid, cores: pinned.append(cores), raising=False
-    )
-    assert timing.pin_to_one_core() == 1
-    assert pinned == [{1}]
-    assert torch.get_num_threads() == 1
+def test_orders_begin_one_further_on_in_every_round():
+    assert [turned("abc", turn) for turn in range(4)] == [
+        list(order) for order in ("abc", "bca", "cab", "abc")
+    ]
+    assert turned([], 3) == []
+
+
+def test_a_spread_knows_its_width_and_its_ratio_to_another():
+    spread = Spread(values=(2.0, 4.0, 8.0))
+    assert spread.width == pytest.approx(6 / 4)
+    assert spread.scaled(0.5).values == (1.0, 2.0, 4.0)
+    assert spread.ratio_to(Spread(values=(1.0, 4.0, 2.0))).values == (2.0, 1.0, 4.0)
+    with pytest.raises(ValueError, match="shorter"):
+        spread.ratio_to(Spread(values=(1.0,)))
+
+
+def test_seconds_are_of_the_clock_that_is_given():
+    clock = FakeClock()
+    only = contender("only", clock, [], [3.0])
+    assert timed(only.run, clock=clock)[1] == 3.0

@@ -105,6 +105,13 @@ def test_time_saved_may_be_a_loss():
     assert (saved.dense_seconds, saved.seconds, saved.fraction) == (8.0, -2.0, -0.25)
 
 
+def test_on_a_busy_machine_time_saved_has_no_verdict():
+    steady = {"calls": 9, "patched_seconds": 10.0, "dense_call_seconds": 2.0}
+    assert TimeSaved(**steady).verdict == "saved"
+    assert TimeSaved(**steady, is_crowded=True).verdict == "busy"
+    assert TimeSaved(**steady, dense_spread=0.5).verdict == "busy"
+
+
 def test_a_watch_leaves_no_hook_and_keeps_only_the_last_steps_inputs():
     unet = tiny_pipelines.make_sd_pipeline().unet
     watch = Watch(network=unet, name="unet", keep_last=True)

@@ -25,7 +25,7 @@ class Shape:
         head_dim: Channels of a head.
         batch: Its size.
         dtype: Of the tensors.
-        device: `cpu` or `cuda`.
+        device: Where they are.
     """
 
     heads: int

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
+
+from retrofit.patterns import Pattern
+from retrofit.runtime.devices import to_float64
+from retrofit.runtime.finite import is_finite
 
 # Relative error against float64 up to which an output is taken for right.
 TOLERANCE = {torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 4e-3}
@@ -44,18 +48,16 @@ class SampledRows:
         """
         query, key, value = self.tensors
         group = query.shape[1] // key.shape[1]
-        out = query.new_empty(
-            *query.shape[:2], self.rows.shape[1], value.shape[3], dtype=torch.float64
-        )
+        out = to_float64(query.new_empty(*query.shape[:2], self.rows.shape[1], value.shape[3]))
         for b in range(query.shape[0]):
             for h in range(query.shape[1]):
                 rows = self.rows[h]
-                scores = query[b, h, rows].double() @ key[b, h // group].double().T
+                scores = to_float64(query[b, h, rows]) @ to_float64(key[b, h // group]).T
                 scores *= 1 / math.sqrt(query.shape[3])
                 if visible is not None:
-                    scores.masked_fill_(~visible(b, h, rows), -math.inf)
+                    scores.masked_fill_(~visible(b, h, rows).to(scores.device), -math.inf)
                 weights = scores.softmax(-1).nan_to_num_(0.0)
-                out[b, h] = weights @ value[b, h // group].double()
+                out[b, h] = weights @ to_float64(value[b, h // group])
         return out
 
     def error_against(self, expected: Tensor) -> Callable[[Tensor], float]:
@@ -70,76 +72,17 @@ class SampledRows:
 
 def relative_error(output: Tensor, expected: Tensor) -> float:
     """`||output - expected|| / ||expected||`; infinite where the output holds NaN."""
-    if not bool(torch.isfinite(output).all()):
+    if not is_finite(output):
         return math.inf
-    return float((output.double() - expected).norm() / expected.norm())
+    return float((to_float64(output) - expected).norm() / expected.norm())
 
 
-def visible_blocks(
-    block_mask: Tensor, block_size: tuple[int, int], seq_len: int
-) -> Callable[[int, int, Tensor], Tensor]:
-    """What a block mask `[B or 1, H or 1, n_q, n_k]` shows."""
+def visible_by(pattern: Pattern) -> Callable[[int, int, Tensor], Tensor]:
+    """What a pattern shows to some rows."""
 
     def visible(batch: int, head: int, rows: Tensor) -> Tensor:
-        mask = block_mask[min(batch, block_mask.shape[0] - 1), min(head, block_mask.shape[1] - 1)]
-        return mask[rows // block_size[0]].repeat_interleave(block_size[1], 1)[:, :seq_len]
+        b, h = (torch.tensor(i, device=rows.device) for i in (batch, head))
+        keys = torch.arange(pattern.layout.num_tokens, device=rows.device)
+        return pattern.mask_mod(b, h, rows[:, None], keys)
 
     return visible
-
-
-def visible_in_grid(
-    shape: Sequence[int], sees: Callable[[int, Tensor, Tensor], Tensor]
-) -> Callable[[int, int, Tensor], Tensor]:
-    """What a pattern on a grid shows: the product over its axes.
-
-    Args:
-        shape: Frames, height, width, in raster order.
-        sees: Called as `sees(axis, query, key)` with positions on an axis, `[R, 1]` and `[S]`;
-            gives bool `[R, S]`.
-    """
-    total = math.prod(shape)
-    steps = [shape[1] * shape[2], shape[2], 1]
-
-    def visible(batch: int, head: int, rows: Tensor) -> Tensor:
-        keys = torch.arange(total, device=rows.device)
-        seen = torch.ones(len(rows), total, dtype=torch.bool, device=rows.device)
-        for axis, (length, step) in enumerate(zip(shape, steps, strict=True)):
-            place = rows[:, None] // step % length
-            seen &= sees(axis, place, keys // step % length)
-        return seen
-
-    return visible
-
-
-def inward_window(
-    shape: Sequence[int], window: Sequence[int]
-) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """A window around each query, pushed inward at the borders."""
-
-    def sees(axis: int, query: Tensor, key: Tensor) -> Tensor:
-        length = shape[axis]
-        size = min(window[axis], length)
-        start = (query - size // 2).clamp(0, length - size)
-        return (key >= start) & (key < start + size)
-
-    return sees
-
-
-def boxes(
-    shape: Sequence[int],
-    window: Sequence[int],
-    shift: Sequence[int] = (0, 0, 0),
-    *,
-    strided: bool = False,
-) -> Callable[[int, Tensor, Tensor], Tensor]:
-    """Boxes of neighbours, or of every n-th token of an axis; the grid is rolled by `-shift`."""
-
-    def sees(axis: int, query: Tensor, key: Tensor) -> Tensor:
-        length = shape[axis]
-        count = -(-length // window[axis])
-        query, key = (query - shift[axis]) % length, (key - shift[axis]) % length
-        if strided:
-            return query % count == key % count
-        return query // window[axis] == key // window[axis]
-
-    return sees

@@ -59,7 +59,7 @@ class Line:
         """Dense time times the kept fraction over its own: 1.0 saves every skipped pair in full."""
         if self.speed is None:
             return None
-        return Spread(values=tuple(value * self.kept for value in self.speed.values))
+        return self.speed.scaled(self.kept)
 
     @property
     def tflops(self) -> float | None:
@@ -120,7 +120,7 @@ def time_routes(
         One line for every route, and for the dense one that is not the base.
     """
     dense = [attention.dense()]
-    if attention.shape.device == "cuda":
+    if dense_base(attention.shape.device) != DENSE:
         dense.append(attention.cudnn())
     every = [*dense, *routes]
     contenders = [
@@ -143,6 +143,11 @@ def time_routes(
     ]
 
 
+def dense_base(device: str) -> str:
+    """The dense route that others are compared with: cuDNN's on a CUDA GPU, PyTorch's elsewhere."""
+    return "cudnn" if torch.device(device).type == "cuda" else DENSE
+
+
 def _tolerance(route: Route, dtype: torch.dtype) -> float:
     return TOLERANCE[dtype] if route.tolerance is None else route.tolerance
 
@@ -160,9 +165,9 @@ def _line(case: str, shape: Shape, route: Route, base: str, base_part: float, re
         kept=route.kept,
         details=route.details,
         base=base,
-        speed=_scaled(result.speed(name, base), route.part / base_part) if both else None,
-        seconds=_scaled(Spread(values=result.seconds[name]), 1 / route.part) if both else None,
-        base_seconds=_scaled(Spread(values=result.seconds[base]), 1 / base_part) if both else None,
+        speed=result.speed(name, base).scaled(route.part / base_part) if both else None,
+        seconds=Spread(values=result.seconds[name]).scaled(1 / route.part) if both else None,
+        base_seconds=Spread(values=result.seconds[base]).scaled(1 / base_part) if both else None,
         base_part=base_part,
         error=result.errors.get(name),
         tolerance=_tolerance(route, shape.dtype),
@@ -171,10 +176,6 @@ def _line(case: str, shape: Shape, route: Route, base: str, base_part: float, re
         noisy=both and result.is_noisy(base),
         load=result.load,
     )
-
-
-def _scaled(spread: Spread, factor: float) -> Spread:
-    return Spread(values=tuple(value * factor for value in spread.values))
 
 
 @contextlib.contextmanager

@@ -7,15 +7,18 @@ from dataclasses import dataclass
 
 import torch
 
+from retrofit.kernels.grid_window import branches_coincide
+from retrofit.layout.grid import TokenGrid
+from retrofit.patterns import Mean, Neighborhood, Pattern, Windows
 from retrofit.profiling.bench.attention import Attention, Route, Shape
-from retrofit.profiling.bench.lines import Line, time_routes
+from retrofit.profiling.bench.lines import Line, dense_base, time_routes
 from retrofit.profiling.bench.patterns import (
+    Size,
     block_sparse_route,
-    boxes_route,
     draw_block_mask,
-    inward_route,
-    t3_route,
+    pattern_route,
 )
+from retrofit.runtime.devices import on_accelerator
 
 BLOCK_SIZE = (128, 64)
 KEEPS = (0.1, 0.5)
@@ -29,7 +32,7 @@ class TourChoice:
     """What to time.
 
     Attributes:
-        device: `cpu` or `cuda`.
+        device: Where it runs.
         dtypes: Of the tensors.
         sides: Height and width of the square grids, from which tokens follow.
         rounds: Timed rounds; None takes what the device needs.
@@ -55,7 +58,7 @@ def tour(
     Yields:
         A line for each case; one that was refused has no time.
     """
-    base = "cudnn" if choice.device == "cuda" else "sdpa"
+    base = dense_base(choice.device)
     total = len(choice.dtypes) * len(choice.sides)
     for i, (dtype, side) in enumerate((d, s) for d in choice.dtypes for s in choice.sides):
         if progress is not None:
@@ -70,7 +73,7 @@ def _cases(
     choice: TourChoice, dtype: torch.dtype, side: int
 ) -> Iterator[tuple[str, Attention, Route]]:
     generator = torch.Generator().manual_seed(choice.seed + side)
-    heads = GPU_HEADS if choice.device == "cuda" else CPU_HEADS
+    heads = GPU_HEADS if on_accelerator(choice.device) else CPU_HEADS
     tokens = side * side
     shape = Shape(heads=heads, seq_len=tokens, dtype=dtype, device=choice.device)
     attention = Attention(shape, generator)
@@ -79,13 +82,24 @@ def _cases(
         route = block_sparse_route(attention, mask, BLOCK_SIZE)
         yield f"block-sparse, keep {keep:g}", attention, route
     half, third = side // 2, side // 3 // 2 * 2 + 1
-    picture, video = (1, side, side), (FRAMES, side // 2, side // 2)
-    shifted = boxes_route(attention, picture, (1, half, half), shift=(0, half // 2, half // 2))
-    yield "windows, half a side", attention, shifted
-    inward = inward_route(attention, picture, (1, third, third))
-    yield "window around each, a third", attention, inward
-    yield "t3, frame by frame", attention, t3_route(attention, video, (FRAMES, 1, 1))
-    yield "t3, boxes", attention, t3_route(attention, video, (1, 4, 4))
+    picture = TokenGrid(height=side, width=side)
+    video = TokenGrid(frames=FRAMES, height=side // 2, width=side // 2)
+    patterns: dict[str, Pattern] = {
+        "windows, half a side": Windows(
+            layout=picture, window_size=(1, half, half), shift=(0, half // 2, half // 2)
+        ),
+        "window around each, a third": Neighborhood(layout=picture, window_size=(1, third, third)),
+        "mean of two cuts, frame by frame": _boxes(video, (1, side // 2, side // 2)),
+        "mean of two cuts, boxes": _boxes(video, (FRAMES, side // 8, side // 8)),
+    }
+    for case, pattern in patterns.items():
+        yield case, attention, pattern_route(attention, pattern)
+
+
+def _boxes(layout: TokenGrid, size: Size) -> Pattern:
+    """Contiguous boxes and strided ones, their mean; one where both are the same."""
+    near, far = (Windows(layout=layout, window_size=size, strided=far) for far in (False, True))
+    return near if branches_coincide(layout, size) else Mean(parts=(near, far))
 
 
 def losing(lines: Sequence[Line]) -> list[Line]:

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from retrofit.kernels import block_sparse_attention, neighborhood_attention, window_attention
-from retrofit.layout.grid import TokenGrid
-from retrofit.methods.t3 import Boxes
+from retrofit.kernels import block_sparse_attention
+from retrofit.patterns import AttentionCall, Mean, Neighborhood, Pattern, Windows, attend
+from retrofit.patterns.mask import setting_names
 from retrofit.profiling.bench.attention import Attention, Route
-from retrofit.profiling.bench.checking import (
-    boxes,
-    inward_window,
-    visible_blocks,
-    visible_in_grid,
-)
+from retrofit.profiling.bench.checking import visible_by
 
 Size = tuple[int, int, int]
 
@@ -78,102 +73,46 @@ def block_sparse_route(
             block_size=block_size,
             backend=backend,
         ),
-        expected=attention.rows.expected(visible_blocks(mask, block_size, seq_len)),
+        expected=attention.rows.expected(_visible_blocks(mask, block_size, seq_len)),
         kept=kept_of_blocks(block_mask, block_size, seq_len),
         tolerance=tolerance,
         details={"block_size": list(block_size), **list_statistics(block_mask)},
     )
 
 
-def inward_route(
-    attention: Attention, grid: Size, window: Size, *, backend: str | None = None
-) -> Route:
-    """A window around each query, pushed inward at the borders of the grid."""
-    visible = visible_in_grid(grid, inward_window(grid, window))
+def _visible_blocks(
+    block_mask: Tensor, block_size: tuple[int, int], seq_len: int
+) -> Callable[[int, int, Tensor], Tensor]:
+    """What a block mask `[1, H, n_q, n_k]` shows to some rows of a head."""
+
+    def visible(batch: int, head: int, rows: Tensor) -> Tensor:
+        blocks = block_mask[0, head][rows // block_size[0]]
+        return blocks.repeat_interleave(block_size[1], 1)[:, :seq_len]
+
+    return visible
+
+
+def pattern_route(attention: Attention, pattern: Pattern, *, backend: str | None = None) -> Route:
+    """Attention by a pattern, held against its mask; a mean against the mean over its branches."""
+    parts = pattern.parts if isinstance(pattern, Mean) else (pattern,)
+    expected = [attention.rows.expected(visible_by(part)) for part in parts]
+
+    def run() -> Tensor:
+        call = AttentionCall(query=attention.query, key=attention.key, value=attention.value)
+        out: Tensor = attend(call, pattern, backend=backend)
+        return out
+
     return Route(
         name="retrofit",
-        run=lambda: neighborhood_attention(
-            attention.query,
-            attention.key,
-            attention.value,
-            grid=grid,
-            window_size=window,
-            backend=backend,
-        ),
-        expected=attention.rows.expected(visible),
-        kept=math.prod(min(1.0, w / n) for w, n in zip(window, grid, strict=True)),
-        details={"grid": list(grid), "window": list(window)},
+        run=run,
+        expected=sum(expected[1:], expected[0]) / len(parts),
+        kept=pattern.keep(),
+        details={"pattern": pattern.name, "grid": list(pattern.layout.shape), **_sizes(parts[0])},
     )
 
 
-def boxes_route(
-    attention: Attention,
-    grid: Size,
-    window: Size,
-    *,
-    shift: Sequence[int] = (0, 0, 0),
-    backend: str | None = None,
-) -> Route:
-    """Contiguous boxes of a grid, rolled by a shift."""
-    visible = visible_in_grid(grid, boxes(grid, window, shift))
-    return Route(
-        name="retrofit",
-        run=lambda: window_attention(
-            attention.query,
-            attention.key,
-            attention.value,
-            grid=grid,
-            window_size=window,
-            shift=tuple(shift),
-            backend=backend,
-        ),
-        expected=attention.rows.expected(visible),
-        kept=math.prod(map(box_fraction, grid, window)),
-        details={"grid": list(grid), "window": list(window), "shift": list(shift)},
-    )
-
-
-def t3_route(attention: Attention, grid: Size, counts: Size) -> Route:
-    """One cut of T3: the mean of contiguous and strided boxes, `counts` of them on each axis.
-
-    Where both hold the same tokens one is computed; `kept` counts what has to be computed.
-    """
-    frames, height, width = (-(-n // min(c, n)) for n, c in zip(grid, counts, strict=True))
-    window = (frames, height, width)
-    once = all(w in (1, n) for w, n in zip(window, grid, strict=True))
-    layout = TokenGrid(frames=grid[0], height=grid[1], width=grid[2])
-    operator = Boxes(grid=layout, window_size=window)
-    near, far = (
-        attention.rows.expected(visible_in_grid(grid, boxes(grid, window, strided=strided)))
-        for strided in (False, True)
-    )
-    kept = math.prod(map(box_fraction, grid, window))
-    if not once:
-        kept += math.prod(map(strided_fraction, grid, window))
-    return Route(
-        name="retrofit",
-        run=lambda: operator(
-            attention.query,
-            attention.key,
-            attention.value,
-            attn_mask=None,
-            is_causal=False,
-            scale=None,
-        ),
-        expected=(near + far) / 2,
-        kept=kept,
-        details={"grid": list(grid), "window": list(window), "branches": 1 if once else 2},
-    )
-
-
-def box_fraction(length: int, window: int) -> float:
-    """Fraction of an axis's pairs inside contiguous boxes; the last one may be short."""
-    whole, rest = divmod(length, window)
-    return (whole * window**2 + rest**2) / length**2
-
-
-def strided_fraction(length: int, window: int) -> float:
-    """The same for boxes of every n-th token."""
-    count = -(-length // window)
-    size, longer = divmod(length, count)
-    return (longer * (size + 1) ** 2 + (count - longer) * size**2) / length**2
+def _sizes(pattern: Pattern) -> dict[str, Any]:
+    """Settings of a window, as plain data."""
+    if not isinstance(pattern, (Windows, Neighborhood)):
+        return {}
+    return {name: getattr(pattern, name) for name in setting_names(pattern)}

@@ -2,18 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-
 import torch
 from torch import nn
 
-from retrofit.architectures import pi3, vggt, vggt_config
-
 HALF = (torch.bfloat16, torch.float16)
-OWN_HEADS: dict[type[nn.Module], Collection[str]] = {
-    vggt.VGGT: vggt_config.HEADS,
-    pi3.Pi3: pi3.HEADS,
-}
 
 
 def set_dtype(module: nn.Module, dtype: torch.dtype) -> None:
@@ -40,8 +32,7 @@ def set_dtype(module: nn.Module, dtype: torch.dtype) -> None:
 
 def _wide_parts(module: nn.Module, dtype: torch.dtype) -> set[str]:
     """Names, anywhere in a parameter's path, of what stays in float32."""
-    own = next((heads for cls, heads in OWN_HEADS.items() if isinstance(module, cls)), ())
-    names = set(own)
+    names: set[str] = set()
     keep = getattr(module, "_keep_in_fp32_modules", None) or ()
     # transformers means float16 alone by it, and has a second list for both
     if not hasattr(module, "_keep_in_fp32_modules_strict") or dtype == torch.float16:

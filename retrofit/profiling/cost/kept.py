@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import _disable_current_modes
 
-from retrofit.methods.base import DENSE
-from retrofit.patching.patch import Patch
+from retrofit.layout.sites import AttentionSite
+from retrofit.patching.control import Observer
+from retrofit.patterns import AttentionCall, Pattern
 from retrofit.profiling.cost.operations import attention_operation
 from retrofit.profiling.cost.trace import SPARSE_KINDS, SitePairs, Trace
 
@@ -34,51 +33,29 @@ class Kept:
     sites: int
 
 
-@contextmanager
-def watching(handle: Patch, trace: Trace) -> Iterator[None]:
-    """While entered, a trace also notes what every patched attention call keeps.
+class PairsObserver(Observer):
+    """Notes in a trace what every patched attention call keeps, and what its work is of."""
 
-    Args:
-        handle: What is patched.
-        trace: That is being taken.
-    """
-    methods = {path: site.method for path, site in handle.sites.items()}
-    try:
-        for site in handle.sites.values():
-            site.method = _Watched(site.method, trace)  # type: ignore[assignment]
-        yield
-    finally:
-        for path, site in handle.sites.items():
-            site.method = methods[path]
-
-
-class _Watched:
-    """A method whose operators are watched."""
-
-    def __init__(self, method: Any, trace: Trace) -> None:
-        self.method = method
+    def __init__(self, trace: Trace) -> None:
+        """Watch while a trace is taken."""
         self.trace = trace
+        self.before = 0.0
 
-    def build(self, *args: Any) -> _Operator:
-        return _Operator(self.method.build(*args), self.trace)
+    def on_start(self, site: AttentionSite) -> None:
+        """Remember what was counted before."""
+        self.before = self.trace.flops_of(*SPARSE_KINDS)
 
-
-class _Operator:
-    def __init__(self, operator: Any, trace: Trace) -> None:
-        self.operator = operator
-        self.trace = trace
-        trace.is_changed = trace.is_changed or operator is not DENSE
-
-    def __call__(self, query: Tensor, key: Tensor, value: Tensor, **more: Any) -> Tensor:
-        before = self.trace.flops_of(*SPARSE_KINDS)
-        out: Tensor = self.operator(query, key, value, **more)
-        computed = self.trace.flops_of(*SPARSE_KINDS) - before
-        whole = attention_operation(query, key, value).flops
+    def on_call(
+        self, site: AttentionSite, call: AttentionCall, pattern: Pattern, out: Tensor
+    ) -> None:
+        """Note one call; what was counted since it began is its work."""
+        computed = self.trace.flops_of(*SPARSE_KINDS) - self.before
+        self.trace.is_changed = self.trace.is_changed or not pattern.is_dense
+        whole = attention_operation(call.query, call.key, call.value).flops
         if whole:
             with _disable_current_modes(), torch.device("cpu"):
-                needed = self.operator.keep_fraction(query, key)
+                needed = pattern.keep()
             self.trace.sites.append(SitePairs(needed, computed / whole))
-        return out
 
 
 def kept_by(traces: Sequence[tuple[Trace, int]]) -> Kept | None:

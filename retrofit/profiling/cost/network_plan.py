@@ -12,6 +12,7 @@ from retrofit.profiling.cost.heap import is_simulated, resident_peak
 from retrofit.profiling.cost.kept import Kept
 from retrofit.profiling.cost.rates import Rates
 from retrofit.profiling.cost.trace import Trace
+from retrofit.runtime.devices import on_accelerator
 
 HELPS = 1.05  # predicted speed from which patching is said to help
 HARMS = 0.95
@@ -145,16 +146,21 @@ def seconds_of(traces: Sequence[tuple[Trace, int]], rates: Rates) -> dict[str, f
 
 def _call_bytes(trace: Trace, rates: Rates) -> float:
     """What a call holds, and on a CPU what its process keeps of what it held."""
-    if rates.device.startswith("cpu") and is_simulated():
+    if not on_accelerator(rates.device) and is_simulated():
         return resident_peak(trace.events)
     return trace.peak_bytes - trace.weight_bytes
 
 
-def verdict(plan: NetworkPlan, method: Method) -> str:
-    """In plain words, whether patching helps at this size."""
+def verdict(plan: NetworkPlan, method: Method, *, is_busy: bool = False) -> str:
+    """In plain words, whether patching helps at this size; on a busy machine that can't be told."""
     if plan.is_idle:
         said = method.explain_no_change(f"{plan.tokens} tokens", method.name)
         return f"{said} {_break_even_words(plan)}"
+    if is_busy:
+        return (
+            f"can't tell whether {method.name} helps here: the machine is busy. Try again when it "
+            "is idle, or with --threads 1, whose times other programs change least."
+        )
     share = f"attention takes {plan.attention_share:.0%} of a dense call"
     limit = f"doing none of it would give {plan.limit:.2f}x"
     if plan.speed >= HELPS:

@@ -15,6 +15,9 @@ from retrofit.profiling.cost.examples import Pool, cut
 from retrofit.profiling.cost.operations import Example, Operation
 from retrofit.profiling.cost.python_cost import PythonCost, measure_python
 from retrofit.profiling.cost.trace import Trace
+from retrofit.runtime.devices import on_accelerator
+from retrofit.runtime.machine import OtherPrograms
+from retrofit.runtime.timing import NOISE, Clock, Spread, timed
 
 SECONDS_EACH = 0.015  # for which an example is repeated in a pass, at least twice
 PASSES = 2  # over all examples, of which the faster counts
@@ -36,6 +39,8 @@ class Rates:
         device: Where it was measured.
         unmeasured: Families taken from others, with the reason.
         seconds: That measuring took.
+        spread: Median, over examples, of how far the passes differ, as a fraction.
+        is_crowded: Whether other programs wanted the cores too, and the clock counts their time.
     """
 
     points: dict[tuple[Any, ...], list[tuple[float, float]]] = field(default_factory=dict)
@@ -44,6 +49,13 @@ class Rates:
     device: str = "cpu"
     unmeasured: dict[tuple[Any, ...], str] = field(default_factory=dict)
     seconds: float = 0.0
+    spread: float = 0.0
+    is_crowded: bool = False
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether the machine was too busy for these times to say anything."""
+        return self.is_crowded or self.spread > NOISE
 
     def time_of(self, operation: Operation) -> float:
         """Predicted seconds of one execution, without what calling it takes."""
@@ -99,14 +111,14 @@ def measure_rates(
         progress: Called as `progress(what, done, total)`.
     """
     traces = list(traces)
-    start = time.perf_counter()
+    start, others = time.perf_counter(), OtherPrograms()
     rates = Rates(device=device)
     pool = Pool(device, max((trace.weight_bytes for trace in traces), default=0))
     with torch.no_grad():
         rates.python = measure_python(lambda run: _time(lambda: run, "cpu"))
         overhead, rates.per_byte = _measure_memory(device)
         wanted = _choose_examples(traces, rates)
-        taken: dict[tuple[tuple[Any, ...], float], float] = {}
+        taken: dict[tuple[tuple[Any, ...], float], list[float]] = {}
         for i in range(PASSES * len(wanted)):
             operation, example, amount = wanted[i % len(wanted)]
             if progress is not None:
@@ -119,10 +131,13 @@ def measure_rates(
             except Exception as error:  # noqa: BLE001 - then its relatives stand for it
                 rates.unmeasured[operation.family] = f"{type(error).__name__}: {error}"
                 continue
-            point = operation.family, amount
-            taken[point] = min(seconds, taken.get(point, seconds))
-    for (family, amount), seconds in sorted(taken.items(), key=lambda item: item[0][1]):
-        rates.points.setdefault(family, []).append((amount, seconds))
+            taken.setdefault((operation.family, amount), []).append(seconds)
+    for (family, amount), passes in sorted(taken.items(), key=lambda item: item[0][1]):
+        rates.points.setdefault(family, []).append((amount, min(passes)))
+    rates.spread = statistics.median(
+        [Spread(values=tuple(p)).width for p in taken.values()] or [0.0]
+    )
+    rates.is_crowded = _clock(device) is time.perf_counter and others.crowd(device)
     rates.seconds = time.perf_counter() - start
     return rates
 
@@ -149,9 +164,9 @@ def _choose_examples(
     return found
 
 
-def _clock(device: str) -> Callable[[], float]:
+def _clock(device: str) -> Clock:
     """A clock that other programs don't disturb, where there is one thread; else the wall's."""
-    alone = device.startswith("cpu") and torch.get_num_threads() == 1
+    alone = not on_accelerator(device) and torch.get_num_threads() == 1
     return time.thread_time if alone else time.perf_counter
 
 
@@ -159,11 +174,8 @@ def _measure_memory(device: str) -> tuple[float, float]:
     """Seconds of an operation that does nothing, and of one byte of an addition."""
     tiny = torch.ones(8, device=device)
     clock = _clock(device)
-    start = clock()
-    for _ in range(OVERHEAD_CALLS):
-        tiny.add(1)
-    _finish(device)
-    overhead = (clock() - start) / OVERHEAD_CALLS
+    _, seconds = timed(lambda: [tiny.add(1) for _ in range(OVERHEAD_CALLS)], device, clock)
+    overhead = seconds / OVERHEAD_CALLS
     x = torch.ones(BANDWIDTH_ELEMENTS, device=device)
     taken = _time(lambda: lambda: x + x, device)
     return overhead, taken / (3 * x.numel() * x.element_size())
@@ -186,20 +198,10 @@ def _time(prepare: Callable[[], Callable[[], Any]], device: str, *, warm_up: boo
     """Median seconds of what `prepare` gives."""
     if warm_up:
         prepare()()
-        _finish(device)
     clock = _clock(device)
     taken: list[float] = []
     while len(taken) < 2 or (sum(taken) < SECONDS_EACH and len(taken) < 50):
-        run = prepare()
-        start = clock()
-        run()
-        _finish(device)
-        taken.append(clock() - start)
+        taken.append(timed(prepare(), device, clock)[1])
         if taken[0] > SLOW:
             break
     return statistics.median(taken)
-
-
-def _finish(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.synchronize()

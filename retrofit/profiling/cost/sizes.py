@@ -15,7 +15,7 @@ from torch import Tensor
 from retrofit.families.examples import InputSize
 from retrofit.patching.networks import FoundNetwork
 from retrofit.patching.patch import Patch, patch
-from retrofit.profiling.cost.kept import watching
+from retrofit.profiling.cost.kept import PairsObserver
 from retrofit.profiling.cost.trace import Trace, tracing
 from retrofit.profiling.inspection import NetworkReport
 from retrofit.runtime.errors import InputError, RetrofitError
@@ -124,7 +124,7 @@ def _trace_steps(
         key = tuple(sorted((name, value) for name, value in values if "shift" not in name))
         counts[key] += 1
         if key not in traces:
-            with tracing(network.module) as trace, watching(handle, trace):
+            with tracing(network.module) as trace, handle.observe(PairsObserver(trace)):
                 network.module(**inputs)
             traces[key] = trace
     return [(traces[key], counts[key]) for key in traces]

@@ -9,10 +9,10 @@ from diffusers import FluxTransformer2DModel
 from torch import Tensor
 
 import retrofit
-from retrofit.kernels.grid_window.circles import circular_mask
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods.clear import Circles, ClearConfig
-from tests.golden.cases.shared import build_operator, watch_site
+from retrofit.methods.clear import ClearConfig
+from retrofit.patterns import Circle, whole_mask
+from tests.golden.cases.shared import watch_site
 from tests.golden.harness import Meta, Tensors
 
 NAMES = ("CLEAR", "clear")
@@ -34,7 +34,8 @@ def reproduce(meta: Meta, tensors: Tensors, weights: Tensors, name: str) -> dict
     info = meta["mask_info"].get(name)
     if info is not None:
         grid = TokenGrid(height=info["h"], width=info["w"], num_prefix_tokens=info["text"])
-        return {name: circular_mask(grid, info["window_size"], pool=info.get("down_factor"))}
+        circle = Circle(layout=grid, radius=info["window_size"], pool=info.get("down_factor"))
+        return {name: whole_mask(circle)[0, 0]}
     found = name.split("/", 1)[1]
     runs = [run for run in meta["runs"] if found == run or found.startswith(f"{run}_")]
     return _run(meta, tensors, weights, max(runs, key=len)) if runs else {}
@@ -61,12 +62,13 @@ def _run(meta: Meta, tensors: Tensors, weights: Tensors, name: str) -> dict[str,
                 tokens = torch.cat([inputs["txt"], inputs["img"]], 1)
                 made = {f"out/{name}": attention(tokens, image_rotary_emb=rotary)}
     (call,) = calls
-    grid = TokenGrid(height=run["h"], width=run["w"])
-    circles = build_operator(config, grid)
-    assert isinstance(circles, Circles)
+    grid = TokenGrid(height=run["h"], width=run["w"], num_prefix_tokens=run["text"])
+    circle = Circle(
+        layout=grid, radius=config.radius, pool=config.pool, pool_weights=config.pool_weights
+    )
     made[f"inner/{name}_q"], made[f"inner/{name}_o"] = call.query, call.out
     for letter, tensor in (("k", call.key), ("v", call.value)):
-        pooled = circles.pool(tensor[:, :, run["text"] :])
+        pooled = circle.further_keys(tensor)
         made[f"inner/{name}_{letter}"] = torch.cat([tensor, pooled], 2)
     return made
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import retrofit
 from retrofit.layout.grid import TokenGrid
 from retrofit.methods.freeswim import FreeSwimConfig
-from tests.golden.cases.shared import build_operator, watch_modules, watch_site, weights_of
+from tests.golden.cases.shared import watch_modules, watch_site, weights_of
 from tests.golden.harness import Meta, Tensors
 
 NAMES = ("FreeSwim", "freeswim")
@@ -46,7 +46,7 @@ def _mask(shape: Any, half: dict[str, int]) -> Tensor:
     frames, height, width = shape
     grid = TokenGrid(frames=frames, height=height, width=width)
     config = FreeSwimConfig(window_size=_window(half), dual_path=False)
-    return weights_of(build_operator(config, grid), grid)[0, 0] > 0
+    return weights_of(config, grid)[0, 0] > 0
 
 
 class _Network:

@@ -18,7 +18,6 @@ from diffusers import (
 from torch import Tensor
 
 import retrofit
-from retrofit.layout.grid import TokenGrid
 from retrofit.methods.hidiffusion import HiDiffusionConfig
 from tests.golden.cases.shared import all_cores
 from tests.golden.harness import Meta, Tensors
@@ -137,9 +136,9 @@ def _note_choices(unet: Any, patch: retrofit.Patch, choices: list[list[int]]) ->
     """Before every call of the network, note which shift each site is about to use."""
 
     def note(*_: Any) -> None:
-        sites = [(handler.method, handler.site) for handler in patch.sites.values()]
-        operators = [method.build(site, TokenGrid(), patch.state) for method, site in sites]
-        choices.append([operator.choice for operator in operators])
+        config, sites = patch.recipe.method, [handler.site for handler in patch.sites.values()]
+        assert isinstance(config, HiDiffusionConfig)
+        choices.append([config.shift_choice(site, patch.state) for site in sites])
 
     unet.register_forward_pre_hook(note)
 

@@ -11,7 +11,7 @@ from retrofit.kernels import neighborhood_attention
 from retrofit.kernels.grid_window import first_key
 from retrofit.layout.grid import TokenGrid
 from retrofit.methods.neighborhood import NeighborhoodConfig
-from tests.golden.cases.shared import build_operator, weights_of
+from tests.golden.cases.shared import attend_alone, weights_of
 from tests.golden.harness import Meta, Tensors
 
 NAMES = ("neighborhood attention", "natten")
@@ -38,13 +38,13 @@ def reproduce(meta: Meta, tensors: Tensors, weights: Tensors, name: str) -> dict
     }
     frames, height, width = _three(item["shape"], 1)
     grid = TokenGrid(frames=frames, height=height, width=width)
-    operator = build_operator(NeighborhoodConfig(**settings), grid)
-    out = operator(query, key, value, attn_mask=None, is_causal=False, scale=None)
+    config = NeighborhoodConfig(**settings)
+    out = attend_alone(config, grid, query, key, value)
     _, lse = neighborhood_attention(query, key, value, grid=grid, return_lse=True, **settings)
     computed = {
         "out": _split_grid(out, item),
         "lse": _split_grid(lse[..., None], item)[..., 0],
-        "mask": weights_of(operator, grid)[0, 0] > 0,
+        "mask": weights_of(config, grid)[0, 0] > 0,
     }
     for axis, length in enumerate(item["shape"]):
         computed[f"first_key_axis{axis}"] = first_key(

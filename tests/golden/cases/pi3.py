@@ -49,5 +49,5 @@ def reproduce(meta: Meta, tensors: Tensors, weights: Tensors, name: str) -> dict
     halves = [blocks[path][1].reshape(frames, -1, blocks[path][1].shape[-1]) for path in last]
     computed = {f"sparse/{run}_decode_hidden": torch.cat(halves, dim=-1)}
     for layer, (call,) in enumerate(calls):
-        computed[f"sparse/{run}_mask_{layer}"] = block_map(config, grid, call)
+        computed[f"sparse/{run}_mask_{layer}"] = block_map(config, grid, call.query, call.key)
     return computed

@@ -1,4 +1,4 @@
-"""What several cases need: operators outside a network, and a look at calls inside one."""
+"""What several cases need: methods outside a network, and a look at calls inside one."""
 
 from __future__ import annotations
 
@@ -12,33 +12,38 @@ from torch import Tensor, nn
 
 from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import AttentionSite
-from retrofit.methods import Method, Operator
+from retrofit.methods import Method
 from retrofit.methods.run_state import RunState
-from retrofit.patching.handlers import AttendAtSite
+from retrofit.patching.sites import AttendAtSite
+from retrofit.patterns import AttentionCall, Pattern
+
+ALONE = AttentionSite(
+    path="attention", index=0, block=0, kind="self", num_heads=1, head_dim=1, layout="grid"
+)
 
 
-def build_operator(config: Method, grid: TokenGrid, *, index: int = 0) -> Operator:
-    """A method's operator for a site that stands by itself."""
-    site = AttentionSite(
-        path="attention",
-        index=index,
-        block=index,
-        kind="self",
-        num_heads=1,
-        head_dim=1,
-        grid_source="",
-    )
-    return config.build(site, grid, RunState())
+def attend_alone(
+    config: Method, grid: TokenGrid, query: Tensor, key: Tensor, value: Tensor
+) -> Tensor:
+    """A method's result at a site that stands by itself."""
+    call = AttentionCall(query=query, key=key, value=value)
+    return config.attend(ALONE, grid, call, RunState())[0]
 
 
-def weights_of(operator: Operator, grid: TokenGrid) -> Tensor:
+def pattern_alone(config: Method, grid: TokenGrid, query: Tensor, key: Tensor) -> Pattern:
+    """The pattern by which it would."""
+    call = AttentionCall(query=query, key=key, value=key)
+    return config.pattern(ALONE, grid, call, RunState())
+
+
+def weights_of(config: Method, grid: TokenGrid) -> Tensor:
     """Attention weights `[1, 1, S, S]` for queries and keys that are all alike.
 
     A pair that is seen has a positive weight, and all pairs of a query the same.
     """
     alike = torch.zeros(1, 1, grid.num_tokens, 1, dtype=torch.float64)
     values = torch.eye(grid.num_tokens, dtype=torch.float64)[None, None]
-    return operator(alike, alike, values, attn_mask=None, is_causal=False, scale=None)
+    return attend_alone(config, grid, alike, alike, values)
 
 
 @contextmanager
@@ -68,8 +73,10 @@ def watch_site(handler: AttendAtSite) -> Iterator[list[SeenCall]]:
     calls: list[SeenCall] = []
     attend = handler.attend
 
-    def watched(index: int, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any):
-        out = attend(index, query, key, value, *args, **more)
+    def watched(
+        hidden: Any, index: int, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any
+    ) -> Tensor:
+        out = attend(hidden, index, query, key, value, *args, **more)
         calls.append(SeenCall(query, key, value, out))
         return out
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from contextlib import ExitStack
 from dataclasses import replace
@@ -14,9 +15,10 @@ import retrofit
 from retrofit.kernels import pooled_scores
 from retrofit.layout.grid import TokenGrid, split_positions
 from retrofit.layout.token_order import hilbert_order, token_order
-from retrofit.methods.block_sparse import BlockSparse, BlockSparseConfig
+from retrofit.methods.block_sparse import BlockSparseConfig
+from retrofit.patterns import Blocks
 from tests.architectures.golden_vggt import build, reproduce_sparse_dense_part
-from tests.golden.cases.shared import SeenCall, build_operator, watch_site
+from tests.golden.cases.shared import attend_alone, pattern_alone, watch_site
 from tests.golden.harness import Meta, Tensors
 
 NAMES = ("block-sparse global attention for VGGT", "sparse_vggt")
@@ -89,10 +91,8 @@ def _run_operator(meta: Meta, tensors: Tensors, part: str, what: str) -> dict[st
         literal=kind != "patch_out_ideal",
     )
     if kind == "mask":  # also where the method would run the dense attention itself
-        chosen = BlockSparse(config=config, grid=grid).choose_blocks(query, key)
-        return {f"{part}/{what}": chosen}
-    operator = build_operator(config, grid)
-    out = operator(query, key, value, attn_mask=None, is_causal=False, scale=None)
+        return {f"{part}/{what}": block_map(config, grid, query, key)}
+    out = attend_alone(config, grid, query, key, value)
     return {f"{part}/{what}": out[:, :, special_at if kind == "special_out" else patch_at]}
 
 
@@ -108,14 +108,23 @@ def _run_network(meta: Meta, tensors: Tensors, weights: Tensors, what: str) -> d
     computed = {f"run/{run}_last": layers[aggregator.config.depth - 1]}
     grid = aggregator.grid(tensors["inputs/images"].shape)
     for layer, (call,) in enumerate(calls):
-        computed[f"run/{run}_mask_layer{layer}"] = block_map(config, grid, call)
+        computed[f"run/{run}_mask_layer{layer}"] = block_map(config, grid, call.query, call.key)
     return computed
 
 
-def block_map(config: BlockSparseConfig, grid: TokenGrid, call: SeenCall) -> Tensor:
+def block_map(config: BlockSparseConfig, grid: TokenGrid, query: Tensor, key: Tensor) -> Tensor:
     """The blocks of a call, over the columns that upstream's map has in either kind of run."""
-    operator = BlockSparse(config=replace(config, upstream_selection=True), grid=grid)
-    return operator.choose_blocks(call.query, call.key)
+    pattern = pattern_alone(replace(config, upstream_selection=True), grid, query, key)
+    if isinstance(pattern, Blocks):
+        return pattern.block_map
+    assert pattern.is_dense
+    rows, columns = (
+        math.ceil(length / block)
+        for length, block in zip(
+            (grid.num_grid_tokens, grid.num_tokens), config.block_size, strict=True
+        )
+    )
+    return torch.ones(*query.shape[:2], rows, columns, dtype=torch.bool)
 
 
 def _run_module(meta: Meta, tensors: Tensors, weights: Tensors, name: str) -> Tensor:

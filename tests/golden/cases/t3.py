@@ -10,8 +10,9 @@ from torch import Tensor
 
 import retrofit
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods.t3 import Boxes, T3Config
-from tests.golden.cases.shared import SeenCall, build_operator, watch_modules, watch_site
+from retrofit.methods.t3 import T3Config, boxes
+from retrofit.patterns import AttentionCall, Mean, attend
+from tests.golden.cases.shared import SeenCall, watch_modules, watch_site
 from tests.golden.harness import Meta, Tensors
 
 NAMES = ("T3-Video", "t3")
@@ -73,11 +74,10 @@ def _make_model(meta: Meta, weights: Tensors) -> WanTransformer3DModel:
 
 def _branches(config: T3Config, grid: TokenGrid, layer: int, call: SeenCall) -> dict[str, Tensor]:
     """What one layer's call was given and gave, `[B, L, C]`, and both kinds of box apart."""
-    boxes = build_operator(config, grid, index=layer)
-    assert isinstance(boxes, Boxes)
-    qkv = (call.query, call.key, call.value)
-    found = dict(zip(("q", "k", "v"), qkv, strict=True))
-    found["close"] = boxes.attend(*qkv, None, None, strided=False)
-    found["remote"] = boxes.attend(*qkv, None, None, strided=True)
-    found["avg"] = call.out
+    assert config.cycle is not None
+    pattern = boxes(grid, config.cycle[layer % len(config.cycle)])
+    parts = pattern.parts if isinstance(pattern, Mean) else (pattern, pattern)
+    given = AttentionCall(query=call.query, key=call.key, value=call.value)
+    found = {"q": call.query, "k": call.key, "v": call.value, "avg": call.out}
+    found["close"], found["remote"] = (attend(given, part) for part in parts)
     return {part: tensor.transpose(1, 2).flatten(2) for part, tensor in found.items()}

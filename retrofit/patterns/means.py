@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from retrofit.kernels import merge_attention
-from retrofit.methods.block_choice import visible_keys
+from retrofit.patterns.call import visible_keys
 from retrofit.runtime.errors import UnsupportedError
 
 CHUNK = 1 << 24  # scores held at a time, beside what is there anyway
@@ -24,7 +24,7 @@ def add_dropped_means(  # noqa: PLR0913 - both halves of an attention call
     shown: Tensor,
     block_size: tuple[int, int],
     scale: float,
-) -> Tensor:
+) -> tuple[Tensor, Tensor]:
     """Attention over kept keys and, for every other block, its mean key and value.
 
     The result is that of attention to all keys, those of a dropped block replaced by their mean and
@@ -41,6 +41,9 @@ def add_dropped_means(  # noqa: PLR0913 - both halves of an attention call
         shown: Keys that count at all, bool `[B or 1, S]`.
         block_size: Query and key tokens of a block.
         scale: Factor on the scores.
+
+    Returns:
+        Output and log-sum-exp.
     """
     block_q, block_k = block_size
     missing = -key.shape[2] % block_k
@@ -62,11 +65,11 @@ def add_dropped_means(  # noqa: PLR0913 - both halves of an attention call
         scores = scores.masked_fill(hidden, -torch.inf)
         total = scores.logsumexp(-1)
         seen = (scores - total[..., None]).exp().nan_to_num(0.0) @ mean_value
-        merged, _ = merge_attention(
-            [out[:, :, part].to(seen.dtype), seen], [lse[:, :, part], total]
+        parts.append(
+            merge_attention([out[:, :, part].to(seen.dtype), seen], [lse[:, :, part], total])
         )
-        parts.append(merged)
-    return torch.cat(parts, 2).to(out.dtype)
+    merged, sums = (torch.cat(x, 2) for x in zip(*parts, strict=True))
+    return merged.to(out.dtype), sums
 
 
 def keys_in_means(mask: Tensor | None, columns: Tensor) -> Tensor:
