@@ -22,7 +22,7 @@ from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
 from retrofit.patching.sites import AttendAtSite
 from retrofit.runtime.devices import main_parameter
-from retrofit.runtime.errors import NonFiniteError, UnsupportedError
+from retrofit.runtime.errors import CheckpointError, NonFiniteError, UnsupportedError
 from retrofit.runtime.finite import find_nonfinite, is_finite
 
 log = logging.getLogger(__name__)
@@ -60,8 +60,14 @@ def make_proof(target: Any, recipe: Recipe, *, seed: int, device: str) -> dict[s
 
 
 def repeat_proof(target: Any, recipe: Recipe, proof: Mapping[str, Any]) -> dict[str, Any]:
-    """Run the probe of a recorded proof again; returns the same kind of data."""
+    """Run the probe of a recorded proof again, at a size that its family has; returns the same."""
     sizes = {entry["name"]: InputSize(**entry["size"]) for entry in proof["networks"]}
+    for network in find_networks(target, recipe.components):
+        size = sizes.get(network.name)
+        if size is not None and ("tokens" in _examples(network).axes) != (size.tokens > 0):
+            where, family = network.where(""), network.family.name
+            problem = f"{where}: its proof is of {size}, which is no size of family {family}."
+            raise CheckpointError(f"{problem} Run `retrofit patch` on the source again.")
     networks = [
         _run_both(target, recipe, network, sizes[network.name], proof["seed"])
         for network in find_networks(target, recipe.components)

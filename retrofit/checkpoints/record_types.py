@@ -9,7 +9,7 @@ from retrofit.checkpoints.fingerprint import FileRecord
 from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within
 
 Count = Annotated[int, Within(0, 10**9)]
-Side = Annotated[int, Within(0, 65_536)]
+Side = Annotated[int, Within(1, 65_536)]
 
 
 class ProbeSize(TypedDict):
@@ -17,7 +17,7 @@ class ProbeSize(TypedDict):
 
     height: Side
     width: Side
-    frames: Annotated[int, Within(0, 1024)]
+    frames: Annotated[int, Within(1, 1024)]
     tokens: Annotated[int, Within(0, 1_000_000)]
 
 

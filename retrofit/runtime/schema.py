@@ -230,7 +230,7 @@ def _spell(hint: Any) -> str:
         words = [str(mark) for mark in arguments[1:] if mark != OTHER_KEYS]
         return _spell(arguments[0]) + "".join(words)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(_spell(option) for option in arguments)
+        return " or ".join(dict.fromkeys(map(_spell, arguments)))
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple and Ellipsis not in arguments:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypedDict
+from typing import Annotated, Any, Literal, TypedDict, get_type_hints
 
 import pytest
 
+from retrofit.checkpoints.record_types import Record
 from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within, find_problems
 
 
@@ -104,3 +105,21 @@ def test_a_mapping_may_allow_other_keys_which_are_looked_at_too():
     assert find_problems({"x": 2}, Annotated[Part, OTHER_KEYS])
     for wrong in (None, [], "x", 1):
         assert find_problems(wrong, Whole) == [f"it: expected a mapping, got {wrong!r}"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "problem"),
+    [
+        ({"method": "window", "parameters": {}, "heads": [1]}, None),
+        ({"rules": [{"method": "window", "parameters": {}}], "family": "vit"}, None),
+        ({"rules": [{"method": "window"}]}, "recipe."),
+        ({}, "recipe.method: expected a text, got nothing"),
+        (5, "recipe: expected a mapping, got 5"),
+    ],
+)
+def test_a_saved_recipe_has_a_method_or_rules(recipe, problem):
+    problems = find_problems(
+        recipe, get_type_hints(Record, include_extras=True)["recipe"], "recipe"
+    )
+    assert bool(problems) == (problem is not None)
+    assert problem is None or problems[0].startswith(problem)
