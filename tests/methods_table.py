@@ -445,7 +445,7 @@ TABLE: dict[str, Row] = {
     ),
     "radial": Row(
         config=RadialConfig(least_window=4),
-        dense=RadialConfig(least_window=512),
+        dense=RadialConfig(decay=1e3, least_window=1, next_frame="whole"),
         models=VIDEO,
         grids=(FRAMES, MOTION),
         seen=lambda config, call: radial_mask(config, call, places(call.grid)),
