@@ -448,8 +448,10 @@ def make_sd3_inputs(batch: int = 1, odd: bool = False, seed: int = 0) -> Inputs:
 
 @torch.no_grad()
 def call_transformers(model: Any, inputs: Inputs) -> Tensor:
-    """Hidden states `[B, S, C]`."""
-    return model(**inputs).last_hidden_state
+    """Hidden states `[B, S, C]`, zeros for padding, which nobody reads."""
+    hidden = model(**inputs).last_hidden_state
+    mask = inputs.get("attention_mask")
+    return hidden if mask is None else hidden * mask[..., None]
 
 
 @torch.no_grad()

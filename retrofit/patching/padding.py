@@ -91,7 +91,8 @@ def attend_spans(
         attend: What takes a call without padding.
 
     Returns:
-        Output, zeros for padding, and the pattern of all rows.
+        Output, zeros for padding, and the pattern of all rows. Where that is dense, the output is
+        the dense model's own, bit for bit.
     """
     rows: dict[Span, list[int]] = defaultdict(list)
     for row, span in enumerate(spans):
@@ -105,7 +106,8 @@ def attend_spans(
         found, pattern = attend(_cut(call, span, index))
         out[index, :, span.start : span.start + span.length] = found
         parts.append((len(numbers), pattern))
-    return out, Shares(parts=tuple(parts))
+    joined = Shares(parts=tuple(parts))
+    return (call.with_full_mask().attend_densely() if joined.is_dense else out), joined
 
 
 def _cut(call: AttentionCall, span: Span, rows: Tensor) -> AttentionCall:
