@@ -74,7 +74,8 @@ class Manifest:
             )
         if schema not in (SHORT_SCHEMA, SCHEMA):
             raise CheckpointError(
-                f"{where}: expected `schema` {SCHEMA}, got {schema!r}. {_PATCH_AGAIN}"
+                f"{where}: expected `schema` {SHORT_SCHEMA} or {SCHEMA}, got {schema!r}. "
+                f"{_PATCH_AGAIN}"
             )
         problems = _check_keys(data)
         if problems:

@@ -38,7 +38,7 @@ class ExactConfig(Method):
     )
     acts_with: ClassVar[str] = "a smaller min_tokens"
     is_exact: ClassVar[bool] = True
-    lossy: ClassVar[str] = "exact: the output is the dense model's within float rounding"
+    lossy: ClassVar[str] = "not lossy: the output is the dense model's within float rounding"
 
     min_tokens: int = 256
     on_gpu: bool = False

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import types
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from retrofit.methods import Method
 from retrofit.runtime.errors import ConfigError
+from retrofit.runtime.schema import find_problems
 
 
 def make_method(
@@ -26,10 +26,10 @@ def make_method(
     ]
     values: dict[str, Any] = {}
     for key in fields.keys() & parameters.keys():
-        value = _widen(_as_tuples(parameters[key]), hints[key])
-        if not _fits(value, hints[key]):
-            problems.append(f"{key}: expected {_spell(hints[key])}, got {parameters[key]!r}.")
-        values[key] = value
+        value = _as_lists(parameters[key])
+        wrong = find_problems(value, hints[key], key)
+        problems += [f"{problem}." for problem in wrong]
+        values[key] = value if wrong else _of_type(value, hints[key])
     if problems:
         return None, problems
     try:
@@ -69,62 +69,17 @@ def unknown_key(key: Any, known: tuple[str, ...], what: str) -> str:
     return f"{key!r} is no {what}: {hint}known: {', '.join(known)}."
 
 
-def _as_tuples(value: Any) -> Any:
-    """Lists as tuples, all the way down."""
-    return tuple(map(_as_tuples, value)) if isinstance(value, (list, tuple)) else value
+def _of_type(value: Any, hint: Any) -> Any:
+    """Plain data that fits a type, as that type: lists as tuples, whole numbers as floats."""
+    if isinstance(value, list):
+        options = [hint, *typing.get_args(hint)]
+        items = next(typing.get_args(o) for o in options if typing.get_origin(o) is tuple)
+        inner = items[:1] * len(value) if Ellipsis in items else items
+        return tuple(map(_of_type, value, inner))
+    is_whole = isinstance(value, int) and not isinstance(value, bool)
+    return float(value) if is_whole and int not in (hint, *typing.get_args(hint)) else value
 
 
-def _widen(value: Any, hint: Any) -> Any:
-    """An int where a float is meant."""
-    if isinstance(value, int) and not isinstance(value, bool) and not _fits(value, hint):
-        return float(value)
-    return value
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        return any(_fits(value, option) for option in arguments)
-    if origin is typing.Literal:
-        return value in arguments
-    if origin is tuple:
-        if not isinstance(value, tuple):
-            return False
-        if len(arguments) == 2 and arguments[1] is Ellipsis:
-            return all(_fits(_widen(item, arguments[0]), arguments[0]) for item in value)
-        return len(value) == len(arguments) and all(map(_fits, value, arguments))
-    if hint is int or hint is float:
-        return isinstance(value, hint) and not isinstance(value, bool)
-    return hint is Any or isinstance(value, hint)
-
-
-PLAIN_WORDS = {
-    float: "a number",
-    int: "a whole number",
-    bool: "true or false",
-    str: "a text",
-    type(None): "null",
-}
-LISTS = {
-    float: "a list of numbers, as in [1, 0.5]",
-    int: "a list of whole numbers, as in [1, 2]",
-    str: "a list of texts, as in [a, b]",
-}
-
-
-def _spell(hint: Any) -> str:
-    """A type in words, for people who write YAML."""
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        kinds = [_spell(option) for option in arguments]
-        return (", or " if any(", as in " in kind for kind in kinds) else " or ").join(kinds)
-    if origin is typing.Literal:
-        return "one of " + ", ".join(map(str, arguments))
-    if origin is tuple:
-        kinds = [_spell(item) for item in arguments if item is not Ellipsis]
-        if arguments == (int, int, int):
-            return "[frames, height, width] in whole numbers, as in [1, 8, 8]"
-        if Ellipsis not in arguments:
-            return f"[{', '.join(kinds)}]"
-        return LISTS.get(arguments[0], f"a list, each of it {kinds[0]}")
-    return PLAIN_WORDS.get(hint, str(hint))
+def _as_lists(value: Any) -> Any:
+    """Tuples as lists, all the way down."""
+    return list(map(_as_lists, value)) if isinstance(value, (list, tuple)) else value

@@ -27,6 +27,11 @@ KINDS: dict[Any, tuple[type | tuple[type, ...], str]] = {
     str: (str, "a text"),
     type(None): (type(None), "null"),
 }
+LISTS: dict[Any, str] = {
+    float: "a list of numbers, as in [1, 0.5]",
+    int: "a list of whole numbers, as in [1, 2]",
+    str: "a list of texts, as in [a, b]",
+}
 
 
 @dataclass(frozen=True)
@@ -230,11 +235,15 @@ def _spell(hint: Any) -> str:
         words = [str(mark) for mark in arguments[1:] if mark != OTHER_KEYS]
         return _spell(arguments[0]) + "".join(words)
     if origin in (typing.Union, types.UnionType):
-        return " or ".join(dict.fromkeys(map(_spell, arguments)))
+        words = list(dict.fromkeys(map(_spell, arguments)))
+        return (", or " if any(", as in " in word for word in words) else " or ").join(words)
     if origin is Literal:
         return "one of " + ", ".join(map(str, arguments))
     if origin is tuple and Ellipsis not in arguments:
         return f"[{', '.join(map(_spell, arguments))}]"
     if origin in (list, tuple, Sequence):
-        return "a list"
+        inner = next(iter(arguments), None)
+        return LISTS.get(
+            inner, "a list" if inner is None else f"a list, each of it {_spell(inner)}"
+        )
     return KINDS[hint][1] if hint in KINDS else "a mapping"

@@ -76,8 +76,10 @@ def test_setting_one_of_two_alternatives_replaces_the_other():
     ("method", "settings", "words"),
     [
         ("clear", {"pool": 2, "pool_weights": "1,2"}, "a list of numbers, as in [1, 0.5], or null"),
-        ("block-sparse", {"layer_keep": ["a"]}, "a list of numbers, as in [1, 0.5], or null"),
-        ("t3", {"cycle": [1]}, "a list, each of it [frames, height, width] in whole numbers"),
+        ("block-sparse", {"layer_keep": "a"}, "a list of numbers, as in [1, 0.5], or null"),
+        ("block-sparse", {"layer_keep": ["a"]}, "a number, got 'a'"),
+        ("block-sparse", {"keep": float("nan")}, "a number or null, got nan"),
+        ("t3", {"cycle": [1]}, "[a whole number, a whole number, a whole number], got 1"),
     ],
 )
 def test_lists_are_asked_for_in_plain_words(method, settings, words):

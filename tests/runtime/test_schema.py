@@ -55,7 +55,7 @@ def test_what_fits_has_no_problems():
     [
         ({"kind": "c"}, "kind: expected one of a, b, got 'c'"),
         ({"kind": ["a"]}, "kind: expected one of a, b, got ['a']"),
-        ({"parts": {}}, "parts: expected a list, got {}"),
+        ({"parts": {}}, "parts: expected a list, each of it a mapping, got {}"),
         ({"parts": [{"size": 0}]}, "parts[0].size: expected a whole number from 1 to 10, got 0"),
         ({"parts": [{"size": True}]}, "parts[0].size: expected a whole number from 1 to 10, got "),
         ({"parts": [{"size": 1.0}]}, "parts[0].size: expected a whole number from 1 to 10, got "),
