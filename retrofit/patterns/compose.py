@@ -140,7 +140,7 @@ class PerHead(Pattern):
         """Weighted by how many heads take each part."""
         if self.choice.is_meta:
             return math.nan
-        share = self.choice.flatten().bincount(minlength=len(self.parts)).double()
+        share = self.choice.flatten().bincount(minlength=len(self.parts)).cpu().double()
         return sum(
             weight * part.pairs()
             for weight, part in zip((share / share.sum()).tolist(), self.parts, strict=True)

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from benchmarks import common, quick, summary
+from retrofit.layout.grid import TokenGrid
+from retrofit.patterns import Neighborhood
 from retrofit.profiling.bench import patterns
 
 KEYS = {"goal", "case", "ratio", "must", "target", "load", "refused"}
@@ -19,8 +21,8 @@ KEYS = {"goal", "case", "ratio", "must", "target", "load", "refused"}
 def small(monkeypatch):
     """Sizes that take milliseconds, and no pinning of the process that runs the tests."""
     monkeypatch.setattr(quick, "SEQ_LEN", 512)
-    monkeypatch.setattr(quick, "GRID", (3, 8, 10))
-    monkeypatch.setattr(quick, "WINDOW", (3, 3, 5))
+    video = TokenGrid(frames=3, height=8, width=10)
+    monkeypatch.setattr(quick, "WINDOWS", Neighborhood(layout=video, window_size=(3, 3, 5)))
     monkeypatch.setattr(common, "pin_to_one_core", lambda: 0)
     monkeypatch.setattr(quick, "FIRST_CALLS", 1)
     monkeypatch.setattr(

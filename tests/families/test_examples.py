@@ -28,7 +28,7 @@ def test_shapes_are_those_of_the_inputs_and_take_no_memory(name):
     for key, value in made.items():
         if isinstance(value, torch.Tensor):
             assert (value.shape, value.dtype) == (shapes[key].shape, shapes[key].dtype), key
-    if "size" in examples.axes:
+    if "size" in examples.axes and find_family(network).name != "sd3":  # whose positions end
         large = examples.shapes(network, replace(size, height=size.height * 5000))
         sizes = [x for x in flatten(large).values() if isinstance(x, torch.Tensor)]
         assert sum(x.numel() for x in sizes if x.device.type == "cpu") < 10**7

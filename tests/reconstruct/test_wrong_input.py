@@ -106,7 +106,7 @@ def test_too_many_views_for_memory_says_how_many_fit(call, photos, monkeypatch) 
     for index in range(40):
         shutil.copy(photos / "view0.png", photos / f"more{index:02d}.png")
     needs = reconstruct.MemoryModel.need
-    monkeypatch.setattr(reconstruct, "available_memory", lambda device: 4_000_000)
+    monkeypatch.setattr(reconstruct, "memory_info", lambda device: (4_000_000, 0))
     answer = call(photos)
     _is_one_line(answer, "44 views of 56x42 take", "enough for", "--dtype", code=1)
     fitting = int(answer.err.split("enough for ")[1].split(".")[0])

@@ -10,9 +10,11 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from retrofit.layout.grid import TokenGrid
-from retrofit.methods import block_choice, block_pairs
+from retrofit.layout.sites import AttentionSite
+from retrofit.methods import block_choice
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.methods.run_state import RunState
+from retrofit.patterns import AttentionCall, blocks
 from retrofit.profiling import doctor
 from retrofit.runtime import devices, memory
 from retrofit.runtime.devices import device_name, on_accelerator, pick_device
@@ -203,19 +205,22 @@ def test_devices_without_float64_compute_in_float32(monkeypatch):
 @pytest.mark.parametrize("keep", [0.25, 0.5])
 def test_block_sparse_needs_no_float64(keep, monkeypatch):
     query, key, value = torch.randn(3, 1, 2, 96, 16)
-    mask = torch.ones(1, 1, 1, 96, dtype=torch.bool)
-    mask[..., 80:] = False
-    sparse = BlockSparseConfig(keep=keep, block_size=(16, 16)).build(
-        None, TokenGrid(width=96), RunState()
-    )
-    call = {"attn_mask": mask, "is_causal": False, "scale": None}
-    expected = sparse(query, key, value, **call)
-    kept = sparse.keep_fraction(query, key)
-    for module in (block_choice, block_pairs):
+    call = AttentionCall(query=query, key=key, value=value, attn_mask=torch.ones(1, 1, 96, 96) > 0)
+    call.attn_mask[..., 80:] = False
+    method = BlockSparseConfig(keep=keep, block_size=(16, 16))
+    site = AttentionSite(path="attn", index=0, block=0, kind="self", num_heads=2, head_dim=16)
+
+    def attend():
+        out, pattern = method.attend(site, TokenGrid(width=96), call, RunState())
+        return out, pattern.keep()
+
+    expected, kept = attend()
+    for module in (block_choice, blocks):
         monkeypatch.setattr(module, "widest_float", lambda device: torch.float32)
     with NoFloat64():
-        torch.testing.assert_close(sparse(query, key, value, **call), expected)
-        assert sparse.keep_fraction(query, key) == pytest.approx(kept)
+        out, keep_found = attend()
+    torch.testing.assert_close(out, expected)
+    assert keep_found == pytest.approx(kept)
 
 
 def test_what_is_judged_is_float64_on_the_cpu_where_its_device_has_none(monkeypatch):

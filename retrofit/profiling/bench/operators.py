@@ -89,8 +89,8 @@ def _cases(
             layout=picture, window_size=(1, half, half), shift=(0, half // 2, half // 2)
         ),
         "window around each, a third": Neighborhood(layout=picture, window_size=(1, third, third)),
-        "mean of two cuts, frame by frame": _boxes(video, (1, side // 2, side // 2)),
-        "mean of two cuts, boxes": _boxes(video, (FRAMES, side // 8, side // 8)),
+        "t3, frame by frame": _boxes(video, (1, side // 2, side // 2)),
+        "t3, boxes": _boxes(video, (FRAMES, side // 8, side // 8)),
     }
     for case, pattern in patterns.items():
         yield case, attention, pattern_route(attention, pattern)
