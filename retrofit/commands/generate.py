@@ -25,6 +25,7 @@ from retrofit.commands.generate_output import (
     describe,
     say_expected_time,
     say_hint,
+    say_notes,
     show_progress,
     write_preview,
 )
@@ -136,7 +137,8 @@ def run(
     )
     number = len(request.prompts) if place is None else 1
     files = name_files(out, number, preview, request, force=force)
-    with Generator(request, what, sites=sites or (), **parameters) as generator:
+    recorded = [] if like is None else [name for name, value in given.items() if value is None]
+    with Generator(request, what, sites=sites or (), recorded=recorded, **parameters) as generator:
         refuse_other_model(generator, record, like)
         if what is not None:
             note_replaced_patch(generator)
@@ -161,6 +163,7 @@ def _generate(
         with quiet_libraries(), show_progress() as progress:
             progress("loading", 0, 1)
             opened = generator.open()
+            say_notes(opened)
             say_hint(generator)
             if preview:
                 write_preview(generator, preview_of(files[0]), progress)

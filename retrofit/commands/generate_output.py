@@ -16,6 +16,7 @@ from retrofit.commands.console import report_keys, result, say
 
 if TYPE_CHECKING:
     from retrofit.sampling import Generator
+    from retrofit.sampling.pipelines import Opened
     from retrofit.sampling.running import Picture
     from retrofit.sampling.watching import TimeSaved
 
@@ -40,6 +41,12 @@ def say_expected_time(generator: Generator) -> None:
         is_patched = generator.request.recipe or generator.checkpoint.manifest
         dense = ", if it were dense" if is_patched else ""
         say(f"on this CPU: about {_spell(seconds)}{dense} (from the work of a step)")
+
+
+def say_notes(opened: Opened) -> None:
+    """Say what a picture's record or the checkpoint set that does nothing here."""
+    for note in opened.notes:
+        say(f"note: not used. {note}")
 
 
 def say_hint(generator: Generator) -> None:
