@@ -219,7 +219,8 @@ def drop_idle(
     wrong = [option.text for option in idle if option.field not in recorded]
     if wrong:
         raise UnsupportedError(" ".join(wrong))
-    return replace(request, **{option.field: None for option in idle}), [o.text for o in idle]
+    unset: dict[str, Any] = {option.field: None for option in idle}
+    return replace(request, **unset), [option.text for option in idle]
 
 
 def place(pipeline: Any, request: Request, device: str) -> None:
