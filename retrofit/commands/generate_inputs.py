@@ -102,7 +102,7 @@ def make_request(
         request, place = request.only([place]), 0
     changes = dict(given)
     if model:
-        changes["model"] = model
+        changes |= {"model": model, "config": given.get("config", "")}
     if prompts:
         changes["prompts"] = tuple(prompts)
     if seed is not None:
