@@ -198,6 +198,19 @@ def name_files(
     return files
 
 
+def refuse_sheet(file: Path | None, *, force: bool) -> None:
+    """Refuse a contact sheet that can't be written or would replace a file.
+
+    Raises:
+        InputError: If so.
+    """
+    from retrofit.commands.options import refuse_picture
+
+    refuse_picture("--sheet", file, (".png",))
+    if file is not None and file.exists() and not force:
+        raise InputError(f"--sheet {file}: exists. Give another name, or replace it with --force.")
+
+
 def preview_of(file: Path) -> Path:
     """Where the preview of a picture goes."""
     return file.with_name(f"{file.stem}-preview.png")
