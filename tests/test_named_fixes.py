@@ -10,6 +10,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
+import transformers
 import typer.main
 from diffusers.models import attention_processor as processors
 
@@ -242,3 +243,17 @@ def test_a_pipeline_takes_its_replaced_scheduler_again_after_a_load(pipeline, tm
     loaded = retrofit.load(tmp_path / "out")
     loaded.scheduler = diffusers.EulerDiscreteScheduler.from_config(loaded.scheduler.config)
     tiny_pipelines.call_sd_pipeline(loaded)
+
+
+def test_a_wrapper_names_the_network_to_save(encoder, tmp_path):
+    inner = transformers.BertModel.from_pretrained(encoder).eval()
+    wrapper = torch.nn.Sequential(torch.nn.ModuleDict({"auto_model": inner}))
+    wrapper.name_or_path = str(encoder)
+    settings = {"keep": 0.5, "block_size": (16, 16)}
+    handle = retrofit.patch(wrapper, "block-sparse", **settings)
+    with pytest.raises(UnsupportedError, match=r"model.get_submodule\('0.auto_model'\)"):
+        retrofit.save(wrapper, tmp_path / "out")
+    handle.remove()
+    network = wrapper.get_submodule("0.auto_model")
+    retrofit.patch(network, "block-sparse", **settings)
+    retrofit.save(network, tmp_path / "out")
