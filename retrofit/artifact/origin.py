@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -78,6 +79,14 @@ def _compare_weights(model: Any, loaded: Any, checkpoint: Checkpoint, name: str)
     mine = {name: x for name, x in model.state_dict().items() if own_parts not in f".{name}"}
     files = loaded.state_dict()
     extra = sorted(mine.keys() ^ files.keys())
+    inner = _wrapped_at(mine, files)
+    if inner:
+        wrapper = type(model).__name__
+        raise UnsupportedError(
+            f"{where}: {wrapper} wraps the network of these files, which save copies. Save that: "
+            f"`network = model.get_submodule({inner!r})`, `retrofit.patch(network, ...)`, "
+            "`retrofit.save(network, OUT)`, after `remove()` of this patch."
+        )
     if extra:
         raise UnsupportedError(f"{where}: {extra[0]} was added or taken away. {CHANGED}")
     for key, tensor in files.items():
@@ -90,6 +99,15 @@ def _compare_weights(model: Any, loaded: Any, checkpoint: Checkpoint, name: str)
         # a cast is a way of loading, not another weight
         if own.shape != tensor.shape or not torch.equal(tensor.to(own.dtype), own):
             raise UnsupportedError(f"{where}: {key} changed since it was loaded. {CHANGED}")
+
+
+def _wrapped_at(mine: Mapping[str, Any], files: Mapping[str, Any]) -> str:
+    """Where in a model the network of its files is, as in a SentenceTransformer; empty if not."""
+    if not files or files.keys() & mine.keys():
+        return ""
+    key = next(iter(files))
+    places = (name.removesuffix(f".{key}") for name in mine if name.endswith(f".{key}"))
+    return next((at for at in places if all(f"{at}.{name}" in mine for name in files)), "")
 
 
 def _warn_of_scheduler(pipeline: Any, checkpoint: Checkpoint) -> None:

@@ -67,7 +67,9 @@ def repeat_proof(target: Any, recipe: Recipe, proof: Mapping[str, Any]) -> dict[
         if size is not None and ("tokens" in _examples(network).axes) != (size.tokens > 0):
             where, family = network.where(""), network.family.name
             problem = f"{where}: its proof is of {size}, which is no size of family {family}."
-            raise CheckpointError(f"{problem} Run `retrofit patch` on the source again.")
+            raise CheckpointError(
+                f"{problem} Run `retrofit patch` on the source again, into another folder."
+            )
     networks = [
         _run_both(target, recipe, network, sizes[network.name], proof["seed"])
         for network in find_networks(target, recipe.components)

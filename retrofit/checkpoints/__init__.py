@@ -46,6 +46,27 @@ def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = ""
         NotFoundError: If there is nothing of that name.
         CheckpointError: If it is not a checkpoint, an interrupted write, or a pickle.
     """
+    path, matched = locate(model)
+    if matched is not None:
+        return _fetch(str(model), *matched.groups(), weights=weights, config=config)
+    if path.is_dir():
+        if config:
+            raise CheckpointError(
+                f"--config {config}: is for a single file, and {model} is a folder with configs of "
+                "its own. Leave it out."
+            )
+        return identify(path, str(model))
+    require_regular(path, path.stat())
+    return _single_file(path, str(model), config)
+
+
+def locate(model: str | Path) -> tuple[Path, re.Match[str] | None]:
+    """Where a checkpoint lies, or the parts of its hub id if it is nowhere on the disk.
+
+    Raises:
+        NotFoundError: If there is nothing of that name.
+        CheckpointError: If it is left over from an interrupted write.
+    """
     if not str(model).strip():
         raise NotFoundError(
             "MODEL: expected a folder, a .safetensors file, a hub id, `shapes` or `rooms`, got an "
@@ -53,15 +74,12 @@ def find_checkpoint(model: str | Path, *, weights: bool = True, config: str = ""
         )
     path = Path(resolve_bundled(model)).expanduser()
     _refuse_partial(path)
-    if path.is_dir():
-        return identify(path, str(model))
     if path.exists():
-        require_regular(path, path.stat())
-        return _single_file(path, str(model), config)
+        return path, None
     matched = HUB_ID.fullmatch(str(model))
     if matched is None or _is_misspelt(path):
         raise NotFoundError(f"{model}: no such folder or file. {_nearby(path, BUNDLED)}")
-    return _fetch(str(model), *matched.groups(), weights=weights, config=config)
+    return path, matched
 
 
 def _single_file(path: Path, name: str, config: str) -> Checkpoint:

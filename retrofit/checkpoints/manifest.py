@@ -152,8 +152,8 @@ class Manifest:
                 )
 
 
-_PATCH_AGAIN = "Run `retrofit patch` on the source again."
-RESTORE = "Restore it, or run `retrofit patch` on the source again."
+_PATCH_AGAIN = "Run `retrofit patch` on the source again, into another folder."
+RESTORE = "Restore it, or run `retrofit patch` on the source again, into another folder."
 
 
 def _digest(data: Mapping[str, Any]) -> str:

@@ -31,6 +31,7 @@ from retrofit.commands import (
     verify,
 )
 from retrofit.commands.console import print_json, result, say
+from retrofit.commands.early import checked, methods_and_settings
 from retrofit.runtime.errors import RetrofitError, StoppedError
 from retrofit.runtime.interrupts import raise_if_interrupted, watched
 from retrofit.runtime.machine import wait_passively
@@ -73,7 +74,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 for _name, _verb in VERBS.items():
-    app.command(_name, help=help_text(_verb))(_verb)
+    app.command(_name, help=help_text(_verb))(checked(_verb))
 
 
 def show_version(asked: bool) -> None:
@@ -186,10 +187,21 @@ def describe_error(error: Exception) -> tuple[str, int]:
         return "stopped.", INTERRUPTED
     if hasattr(error, "format_message"):  # a usage error of typer's, wherever it keeps the class
         command = getattr(getattr(error, "ctx", None), "command_path", "retrofit")
-        return f"{_one_line(error.format_message())} See `{command} --help`.", 2
+        hint = _hint(error, command)
+        return f"{_one_line(error.format_message())} {hint}See `{command} --help`.", 2
     if isinstance(error, OSError) and error.errno is not None:
         return _describe_os_error(error)
     return f"{type(error).__name__}: {_one_line(error)} Add --debug to see where.", 1
+
+
+def _hint(error: Any, command: str) -> str:
+    """What was probably meant by a usage error of typer's."""
+    option = str(getattr(error, "option_name", "")).lstrip("-").replace("-", "_")
+    if option and any(option in settings for settings in methods_and_settings().values()):
+        return f"A method's setting is given as --set {option}=VALUE. "
+    if "unexpected extra argument" in str(error.format_message()) and command.endswith("generate"):
+        return "Put the prompt after -p. "
+    return ""
 
 
 def _describe_os_error(error: OSError) -> tuple[str, int]:

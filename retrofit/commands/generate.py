@@ -17,14 +17,17 @@ from retrofit.commands.generate_inputs import (
     read_lora,
     read_prompts,
     refuse_other_model,
+    refuse_sheet,
 )
 from retrofit.commands.generate_output import (
     as_json as show_json,
 )
 from retrofit.commands.generate_output import (
     describe,
+    draw_sheet,
     say_expected_time,
     say_hint,
+    say_notes,
     show_progress,
     write_preview,
 )
@@ -73,6 +76,7 @@ def run(
     out: chosen.Out = None,
     like: chosen.Like = None,
     preview: chosen.Preview = False,
+    sheet: chosen.Sheet = None,
     no_time_saved: chosen.NoTimeSaved = False,
     force: options.Force = False,
     json: options.Json = False,
@@ -135,12 +139,15 @@ def run(
         model, prompts, seed, num_images, batch, given, like, patched=what is not None
     )
     number = len(request.prompts) if place is None else 1
+    refuse_sheet(sheet, force=force)
     files = name_files(out, number, preview, request, force=force)
-    with Generator(request, what, sites=sites or (), **parameters) as generator:
+    recorded = [] if like is None else [name for name, value in given.items() if value is None]
+    with Generator(request, what, sites=sites or (), recorded=recorded, **parameters) as generator:
         refuse_other_model(generator, record, like)
         if what is not None:
             note_replaced_patch(generator)
-        _generate(generator, files, place, preview, saving=not no_time_saved, as_json=json)
+        saving = not no_time_saved
+        _generate(generator, files, place, preview, sheet, saving=saving, as_json=json)
 
 
 def _generate(
@@ -148,6 +155,7 @@ def _generate(
     files: list[Path],
     place: int | None,
     preview: bool,
+    sheet: Path | None,
     *,
     saving: bool,
     as_json: bool,
@@ -161,6 +169,7 @@ def _generate(
         with quiet_libraries(), show_progress() as progress:
             progress("loading", 0, 1)
             opened = generator.open()
+            say_notes(opened)
             say_hint(generator)
             if preview:
                 write_preview(generator, preview_of(files[0]), progress)
@@ -179,6 +188,8 @@ def _generate(
         raise StoppedError(
             f"stopped: {count(left, 'picture')} not made; finished: {kept}"
         ) from None
+    if sheet is not None:
+        draw_sheet(done, sheet)
     if as_json:
         print_json(show_json(generator, opened, done, saved, idle))
     else:

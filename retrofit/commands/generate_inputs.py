@@ -102,7 +102,7 @@ def make_request(
         request, place = request.only([place]), 0
     changes = dict(given)
     if model:
-        changes["model"] = model
+        changes |= {"model": model, "config": given.get("config", "")}
     if prompts:
         changes["prompts"] = tuple(prompts)
     if seed is not None:
@@ -196,6 +196,19 @@ def name_files(
                     "replace. Give another name."
                 )
     return files
+
+
+def refuse_sheet(file: Path | None, *, force: bool) -> None:
+    """Refuse a contact sheet that can't be written or would replace a file.
+
+    Raises:
+        InputError: If so.
+    """
+    from retrofit.commands.options import refuse_picture
+
+    refuse_picture("--sheet", file, (".png",))
+    if file is not None and file.exists() and not force:
+        raise InputError(f"--sheet {file}: exists. Give another name, or replace it with --force.")
 
 
 def preview_of(file: Path) -> Path:

@@ -155,6 +155,15 @@ Preview = Annotated[
         rich_help_panel=options.OUTPUT,
     ),
 ]
+Sheet = Annotated[
+    Path | None,
+    typer.Option(
+        "--sheet",
+        metavar="FILE",
+        help="Also a contact sheet, a PNG with a row for each prompt.",
+        rich_help_panel=options.OUTPUT,
+    ),
+]
 NoTimeSaved = Annotated[
     bool,
     typer.Option(

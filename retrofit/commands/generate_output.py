@@ -16,6 +16,7 @@ from retrofit.commands.console import report_keys, result, say
 
 if TYPE_CHECKING:
     from retrofit.sampling import Generator
+    from retrofit.sampling.pipelines import Opened
     from retrofit.sampling.running import Picture
     from retrofit.sampling.watching import TimeSaved
 
@@ -42,13 +43,20 @@ def say_expected_time(generator: Generator) -> None:
         say(f"on this CPU: about {_spell(seconds)}{dense} (from the work of a step)")
 
 
+def say_notes(opened: Opened) -> None:
+    """Say what a picture's record or the checkpoint set that does nothing here."""
+    for note in opened.notes:
+        say(f"note: not used. {note}")
+
+
 def say_hint(generator: Generator) -> None:
     """Say what will not come out well."""
-    from retrofit.sampling.advice import explain_size
+    from retrofit.sampling.advice import explain_prompts, explain_size, explain_steps
 
-    hint = explain_size(generator.request, generator.checkpoint)
-    if hint is not None:
-        say(f"note: {hint}")
+    for explain in (explain_prompts, explain_size, explain_steps):
+        hint = explain(generator.request, generator.checkpoint)
+        if hint is not None:
+            say(f"note: {hint}")
 
 
 @contextmanager
@@ -89,6 +97,26 @@ def _spell(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
+def draw_sheet(done: Done, file: Path) -> None:
+    """Write a contact sheet with a row for each prompt."""
+    from retrofit.sampling.contact_sheet import SheetRow, write_sheet
+
+    rows: dict[str, list[Picture]] = {}
+    for _, picture in done:
+        rows.setdefault(picture.prompt, []).append(picture)
+    write_sheet(
+        [
+            SheetRow(
+                title=prompt,
+                details="seeds " + ", ".join(str(picture.seed) for picture in pictures),
+                images=[picture.image for picture in pictures],
+            )
+            for prompt, pictures in rows.items()
+        ],
+        file,
+    )
+
+
 def describe(
     generator: Generator, opened: Any, done: Done, saved: TimeSaved | None, idle: str | None
 ) -> list[str]:
@@ -99,10 +127,12 @@ def describe(
         lines.append(f"{', '.join(report.families)}: {report}")
     request = generator.request
     for file, picture in done:
+        shows = f"{picture.prompt!r}, " if len(set(request.prompts)) > 1 else ""
         first = picture.place // request.batch * request.batch
         together = min(request.batch, len(request.prompts) - first)
         lines.append(
-            f"wrote {file}: {picture.image.width}x{picture.image.height}, seed {picture.seed}, "
+            f"wrote {file}: {picture.image.width}x{picture.image.height}, {shows}"
+            f"seed {picture.seed}, "
             f"{picture.seconds:.1f} s" + (f" for {together} at once" if together > 1 else "")
         )
     if saved is not None:

@@ -13,7 +13,9 @@ import typer
 
 from retrofit.commands import options
 from retrofit.commands.console import print_json, print_lines, print_table, result
+from retrofit.commands.early import check_names
 from retrofit.commands.families import recipes_of, require_known
+from retrofit.runtime.errors import InputError
 
 if TYPE_CHECKING:
     from retrofit.methods import Method
@@ -30,6 +32,15 @@ def run(
             "--family",
             metavar="FAMILY",
             help="Show what the recipes of this family set, beside the defaults.",
+            show_default=False,
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODEL",
+            help="The same for this checkpoint's family.",
             show_default=False,
         ),
     ] = None,
@@ -57,12 +68,15 @@ def run(
     from retrofit.methods import METHODS
     METHODS["block-sparse"](keep=0.25)  # a config, which retrofit.patch takes
     """
+    if name is not None:
+        check_names({"method": name})
+    if model is not None and family is not None:
+        raise InputError("--model and --family: a model has its family. Give one of them.")
     from retrofit.methods import METHODS
-    from retrofit.runtime.errors import NotFoundError, suggest
 
-    if name is not None and name not in METHODS:
-        raise NotFoundError(f"method {name!r} does not exist. {suggest(name, METHODS)}")
     require_known(family)
+    if model is not None:
+        family = _family_of(model)
     recipes = {} if family is None else recipes_of(family)
     if json:
         chosen = METHODS if name is None else {name: METHODS[name]}
@@ -82,6 +96,15 @@ def run(
         rows = [(key, config.summary, config.paper) for key, config in METHODS.items()]
         print_table(("method", "what it does", "paper"), rows)
         print_lines("`retrofit methods NAME` documents one.")
+
+
+def _family_of(model: str) -> str:
+    """The family of a checkpoint's first network that can be patched, by its configs."""
+    from retrofit.checkpoints import find_checkpoint
+    from retrofit.checkpoints.opening import build_networks
+    from retrofit.patching.networks import find_networks
+
+    return find_networks(build_networks(find_checkpoint(model, weights=False)))[0].family.name
 
 
 def _changed_settings(method: Method) -> str:

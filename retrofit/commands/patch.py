@@ -89,7 +89,8 @@ def run(
     $ retrofit patch minilm/ --method block-sparse --set keep=0.25 -o minilm-sparse/
     encoder: block-sparse: patched 6 of 6 attention sites
     settings: keep 0.25, mass None, block_size [16, 16], pooling avg, order raster, ...
-    proof: 6 sparse sites keep 0.25; the output is 0.82 away from dense (64 tokens, ...)
+    proof: 6 sparse sites keep 0.25; the output is 0.82 away from dense (64 tokens, ...): a
+    fingerprint on random input, which says nothing of quality; `retrofit compare` does
     wrote minilm-sparse/: 13 files, 91.6 MB, 11.1 s
     next: retrofit verify minilm-sparse/
 
@@ -253,5 +254,6 @@ def _describe_proof(entry: dict[str, Any], proof: dict[str, Any] | None) -> str:
     return (
         f"proof:{name} {count(entry['sparse_sites'], 'sparse site')}{kept}; the output is "
         f"{entry['relative_difference']:.2g} away from dense ({InputSize(**entry['size'])}, "
-        f"{entry['dtype']}, seed {(proof or {})['seed']})"
+        f"{entry['dtype']}, seed {(proof or {})['seed']}): a fingerprint on random input, which "
+        "says nothing of quality; `retrofit compare` does"
     )

@@ -6,14 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageDraw
-
 from retrofit.evaluate.judging import rate
 from retrofit.evaluate.pictures import PictureRow
-from retrofit.runtime.outputs import make_folders
 from retrofit.runtime.timing import Spread
-
-CELL, LABEL, LEAST_COLUMNS = 192, 46, 3  # pixels of a contact sheet
+from retrofit.sampling.contact_sheet import SheetRow, write_sheet
 
 
 def table(rows: Sequence[PictureRow]) -> tuple[list[str], list[list[str]]]:
@@ -65,21 +61,14 @@ def to_dict(row: PictureRow) -> dict[str, Any]:
 
 def draw_sheet(rows: Sequence[PictureRow], file: Path) -> None:
     """Write a contact sheet: a line of pictures for each row, its time and scores above it."""
-    columns = max(LEAST_COLUMNS, *(len(row.pictures) for row in rows))
-    sheet = Image.new("RGB", (columns * CELL, len(rows) * (CELL + LABEL)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for i, row in enumerate(rows):
-        top = i * (CELL + LABEL)
-        width, height = row.size
-        name = f"{row.name}: {width}x{height}, {row.seconds.median:.1f} s each"
-        draw.text((6, top + 4), name, fill="black", font_size=16)
-        scores = [f"{name} {_short(spread)}" for name, spread in row.scores.items()]
-        draw.text((6, top + 25), ", ".join(scores), fill="black", font_size=13)
-        for j, picture in enumerate(row.pictures):
-            width, height = picture.image.size
-            scale = (CELL - 4) / max(width, height)
-            fitted = round(width * scale), round(height * scale)
-            cell = picture.image.resize(fitted, Image.Resampling.LANCZOS)
-            sheet.paste(cell, (j * CELL + 2, top + LABEL))
-    make_folders(file)
-    sheet.quantize(256, kmeans=3).save(file, optimize=True)
+    write_sheet(
+        [
+            SheetRow(
+                title="{}: {}x{}, {:.1f} s each".format(row.name, *row.size, row.seconds.median),
+                details=", ".join(f"{name} {_short(s)}" for name, s in row.scores.items()),
+                images=[picture.image for picture in row.pictures],
+            )
+            for row in rows
+        ],
+        file,
+    )

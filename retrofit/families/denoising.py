@@ -11,22 +11,28 @@ from typing import Any, Literal, NamedTuple
 
 from retrofit.layout.sites import AttentionSite
 
-DEFAULT = "call `set_default_attn_processor()` on the network"
-SOFTMAX = f"its processor computes the softmax itself: {DEFAULT}"
-SLICED = "attention slicing computes the softmax itself: call `disable_attention_slicing()`"
-XFORMERS = (
-    "xformers does not go through PyTorch's attention function: call "
-    "`disable_xformers_memory_efficient_attention()`"
+SOFTMAX = "its processor computes the softmax itself"
+PLAIN = f"{SOFTMAX}: call `set_attn_processor(AttnProcessor2_0())` on the network"
+SLICED = (
+    "attention slicing computes the softmax itself: call `disable_attention_slicing()` on the "
+    "pipeline, or `set_attention_slice(None)` on the network"
 )
+XFORMERS = "xformers does not go through PyTorch's attention function"
+WITH_WEIGHTS = "{}: put a {}2_0 with its weights in its place (`set_processor`)"
+CUSTOM, IP = "CustomDiffusionAttnProcessor", "IPAdapterAttnProcessor"
 NOT_INTERCEPTED = {
-    "AttnProcessor": SOFTMAX,
-    "CustomDiffusionAttnProcessor": SOFTMAX,
-    "IPAdapterAttnProcessor": SOFTMAX,
+    "AttnProcessor": PLAIN,
+    CUSTOM: WITH_WEIGHTS.format(SOFTMAX, CUSTOM),
+    IP: WITH_WEIGHTS.format(SOFTMAX, IP),
     "SlicedAttnProcessor": SLICED,
-    "XFormersAttnProcessor": XFORMERS,
-    "XFormersJointAttnProcessor": XFORMERS,
-    "CustomDiffusionXFormersAttnProcessor": XFORMERS,
-    "IPAdapterXFormersAttnProcessor": XFORMERS,
+    "XFormersAttnProcessor": (
+        f"{XFORMERS}: call `disable_xformers_memory_efficient_attention()` on the network"
+    ),
+    "XFormersJointAttnProcessor": (  # that call would put one for pictures alone in its place
+        f"{XFORMERS}: call `set_attn_processor(JointAttnProcessor2_0())` on the network"
+    ),
+    "CustomDiffusionXFormersAttnProcessor": WITH_WEIGHTS.format(XFORMERS, CUSTOM),
+    "IPAdapterXFormersAttnProcessor": WITH_WEIGHTS.format(XFORMERS, IP),
 }
 
 

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from retrofit.checkpoints.record_types import OuterRecipe
 from retrofit.methods import METHODS, Method
-from retrofit.patching.settings import as_plain_data, make_method, unknown_key
-from retrofit.runtime.errors import ConfigError, NotFoundError, suggest
+from retrofit.patching.settings import as_plain_data, make_method
+from retrofit.runtime.errors import ConfigError, NotFoundError, suggest, unknown_key
 from retrofit.runtime.reading import YAML_BYTES, parse_yaml, read_text
 from retrofit.runtime.schema import OTHER_KEYS, find_problems
 

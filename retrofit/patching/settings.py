@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import typing
 from collections.abc import Mapping
 from typing import Any
 
 from retrofit.methods import Method
-from retrofit.runtime.errors import ConfigError
+from retrofit.runtime.errors import ConfigError, unknown_key
 from retrofit.runtime.schema import find_problems
 
 
@@ -60,13 +59,6 @@ def with_parameters(method: Method, parameters: dict[str, Any]) -> Method:
     if changed is None:
         raise ConfigError(f"{method.name}: " + " ".join(problems))
     return changed
-
-
-def unknown_key(key: Any, known: tuple[str, ...], what: str) -> str:
-    """What is wrong with a key, and what was meant."""
-    near = difflib.get_close_matches(str(key), known, n=1)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{key!r} is no {what}: {hint}known: {', '.join(known)}."
 
 
 def _of_type(value: Any, hint: Any) -> Any:

@@ -24,8 +24,8 @@ from retrofit.runtime.intercept import Forward, FunctionMode
 
 UNREACHED = (
     "Attention must run through torch.nn.functional.scaled_dot_product_attention: use "
-    '`attn_implementation="sdpa"` (transformers), `set_attention_backend("native")` or the default '
-    "processors (diffusers), or leave the site out with `sites`."
+    '`attn_implementation="sdpa"` (transformers), `set_attention_backend("native")` or '
+    "`set_attn_processor(AttnProcessor2_0())` (diffusers), or leave the site out with `sites`."
 )
 
 

@@ -73,6 +73,13 @@ class NonFiniteError(RetrofitError):
 LISTED = 12  # names in an error message
 
 
+def unknown_key(key: Any, known: tuple[str, ...], what: str) -> str:
+    """What is wrong with a key, and what was meant."""
+    near = difflib.get_close_matches(str(key), known, n=1)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    return f"{key!r} is no {what}: {hint}known: {', '.join(known)}."
+
+
 def suggest(name: str, choices: Iterable[str]) -> str:
     """Say which names exist, the nearest first, for the end of an error message."""
     known = sorted(choices)

@@ -8,7 +8,7 @@ with Generator(request, "hidiffusion") as generator:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +40,7 @@ class Generator:
         what: Recipe | str | None = None,
         *,
         sites: Sequence[str] = (),
+        recorded: Collection[str] = (),
         **parameters: Any,
     ) -> None:
         """Check everything that can be checked before weights are read.
@@ -49,17 +50,27 @@ class Generator:
             what: A method's name or a recipe, instead of `request.recipe` and of what a patched
                 checkpoint was saved with.
             sites: Globs instead of the recipe's, whichever of the three it is.
+            recorded: Fields of the request that nobody asked for, being of a picture's record:
+                where one of them does nothing it is noted, and not refused.
             parameters: Settings of the method instead of the recipe's.
 
         Raises:
             InputError: If the request is wrong or does not fit the checkpoint, or there is no
                 recipe for `sites` and `parameters` to change.
         """
+        from retrofit.sampling.needed_pictures import require_pictures
         from retrofit.sampling.pipelines import resolve_recipe
-        from retrofit.sampling.sizes import complete_request, find_image_checkpoint
+        from retrofit.sampling.sizes import (
+            DEFAULT_KEYS,
+            complete_request,
+            find_image_checkpoint,
+        )
 
         request.check()
         self.checkpoint: Checkpoint = find_image_checkpoint(request)
+        require_pictures(request, self.checkpoint)
+        of_checkpoint = {name for name in DEFAULT_KEYS if getattr(request, name) is None}
+        self._recorded = frozenset({*recorded, *of_checkpoint})
         request = complete_request(request, self.checkpoint)
         if what is None and (sites or parameters):
             what = self._present_recipe(request)
@@ -107,7 +118,7 @@ class Generator:
 
             if self.request.threads is not None:
                 torch.set_num_threads(self.request.threads)
-            self._opened = open_pipeline(self.request, self.checkpoint)
+            self._opened = open_pipeline(self.request, self.checkpoint, self._recorded)
             self.request = replace(self._opened.request, threads=torch.get_num_threads())
         return self._opened
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,6 +24,8 @@ from retrofit.sampling.adapters import (
     first_line,
     open_controlnet,
 )
+from retrofit.sampling.idle_options import call_parameters, find_idle_options, short_name
+from retrofit.sampling.needed_pictures import EDITING, edits_pictures
 from retrofit.sampling.request import Request
 
 
@@ -38,6 +39,7 @@ class Opened:
         checkpoint: Where it comes from.
         request: With everything resolved that the checkpoint decides.
         fingerprint: Of the checkpoint's weights.
+        notes: What a picture's record or the checkpoint set and does nothing here.
     """
 
     pipeline: Any
@@ -45,14 +47,18 @@ class Opened:
     checkpoint: Checkpoint
     request: Request
     fingerprint: str
+    notes: tuple[str, ...] = ()
 
 
-def open_pipeline(request: Request, checkpoint: Checkpoint) -> Opened:
+def open_pipeline(
+    request: Request, checkpoint: Checkpoint, recorded: frozenset[str] = frozenset()
+) -> Opened:
     """Load, adapt and patch.
 
     Args:
         request: Checked and completed.
         checkpoint: What `find_image_checkpoint` found.
+        recorded: Fields of the request that nobody asked for; see `drop_idle`.
 
     Raises:
         InputError: If a part of the request does not fit the checkpoint.
@@ -70,10 +76,13 @@ def open_pipeline(request: Request, checkpoint: Checkpoint) -> Opened:
         pipeline = load_whole(checkpoint, **options)
     if request.scheduler is not None:
         set_scheduler(pipeline, request.scheduler)
-    pipeline = _for_task(pipeline, request, dtype)
+    pipeline = _for_task(pipeline, request, checkpoint, dtype)
     add_loras(pipeline, request)
     add_ip_adapter(pipeline, request)
-    refuse_unused(pipeline, request)
+    request, notes = drop_idle(pipeline, request, recorded)
+    if request.guidance is None:
+        request = replace(request, guidance=_default(pipeline, "guidance_scale"))
+        request, _ = drop_idle(pipeline, request, recorded | {"guidance"})
     place(pipeline, request, device)
     handle = None if recipe is None else patch(pipeline, recipe)
     resolved = replace(
@@ -81,9 +90,6 @@ def open_pipeline(request: Request, checkpoint: Checkpoint) -> Opened:
         device=device,
         dtype=dtype,
         steps=request.steps or _default(pipeline, "num_inference_steps"),
-        guidance=_default(pipeline, "guidance_scale")
-        if request.guidance is None
-        else request.guidance,
         strength=_default(pipeline, "strength")
         if request.image is not None and request.strength is None
         else request.strength,
@@ -95,6 +101,7 @@ def open_pipeline(request: Request, checkpoint: Checkpoint) -> Opened:
         checkpoint=checkpoint,
         request=resolved,
         fingerprint=fingerprint(checkpoint),
+        notes=tuple(notes),
     )
 
 
@@ -140,8 +147,7 @@ def resolve_recipe(
 
 
 def _default(pipeline: Any, argument: str) -> Any:
-    parameter = inspect.signature(type(pipeline).__call__).parameters.get(argument)
-    return None if parameter is None else parameter.default
+    return call_parameters(pipeline).get(argument)
 
 
 def set_scheduler(pipeline: Any, name: str) -> None:
@@ -154,32 +160,28 @@ def set_scheduler(pipeline: Any, name: str) -> None:
     Raises:
         UnsupportedError: If there is no such compatible scheduler.
     """
-    classes = {_short(cls.__name__): cls for cls in pipeline.scheduler.compatibles}
-    cls = classes.get(_short(name))
+    classes = {short_name(cls.__name__): cls for cls in pipeline.scheduler.compatibles}
+    cls = classes.get(short_name(name))
     if cls is None:
         raise UnsupportedError(
-            f"--scheduler {name}: none that fits this checkpoint. {suggest(_short(name), classes)}"
+            f"--scheduler {name}: none that fits this checkpoint. "
+            f"{suggest(short_name(name), classes)}"
         )
     pipeline.scheduler = cls.from_config(pipeline.scheduler.config)
 
 
-def _short(name: str) -> str:
-    """`EulerDiscreteScheduler` as `euler`."""
-    short = name.lower().replace("-", "").replace("_", "")
-    for ending in ("scheduler", "discrete", "multistep"):
-        short = short.removesuffix(ending)
-    return short
-
-
-def _for_task(pipeline: Any, request: Request, dtype: str | None) -> Any:
+def _for_task(pipeline: Any, request: Request, checkpoint: Checkpoint, dtype: str | None) -> Any:
     """The pipeline class for what goes in, around the same networks."""
     import diffusers
 
     extra: dict[str, Any] = {}
+    auto: Any
     if request.controlnet is not None:
         extra["controlnet"] = open_controlnet(pipeline, request, dtype)
-    if request.mask is not None:
-        auto: Any = diffusers.AutoPipelineForInpainting
+    if edits_pictures(checkpoint):
+        auto = getattr(diffusers, EDITING.get(type(pipeline).__name__, type(pipeline).__name__))
+    elif request.mask is not None:
+        auto = diffusers.AutoPipelineForInpainting
     elif request.image is not None:
         auto = diffusers.AutoPipelineForImage2Image
     elif extra:
@@ -197,24 +199,28 @@ def _for_task(pipeline: Any, request: Request, dtype: str | None) -> Any:
         ) from error
 
 
-def refuse_unused(pipeline: Any, request: Request) -> None:
-    """Refuse what the pipeline would ignore.
+def drop_idle(
+    pipeline: Any, request: Request, recorded: frozenset[str]
+) -> tuple[Request, list[str]]:
+    """Refuse what was asked for and would do nothing; leave out what nobody asked for.
+
+    Args:
+        pipeline: As it will be called.
+        request: What is asked for.
+        recorded: Fields that were not asked for: of a picture's record, or of the checkpoint.
+
+    Returns:
+        The request without them, and a line for each.
 
     Raises:
-        UnsupportedError: If there is such a thing.
+        UnsupportedError: If an option that was asked for would do nothing.
     """
-    known = inspect.signature(type(pipeline).__call__).parameters
-    asked = {
-        "negative_prompt": ("--negative", request.negative),
-        "strength": ("--strength", request.strength),
-        "eta": ("--eta", request.eta),
-        "guidance_scale": ("--guidance", request.guidance),
-    }
-    for argument, (option, value) in asked.items():
-        if value is not None and argument not in known:
-            raise UnsupportedError(
-                f"{option}: {type(pipeline).__name__} does not take it. Leave it out."
-            )
+    idle = find_idle_options(pipeline, request)
+    wrong = [option.text for option in idle if option.field not in recorded]
+    if wrong:
+        raise UnsupportedError(" ".join(wrong))
+    unset: dict[str, Any] = {option.field: None for option in idle}
+    return replace(request, **unset), [option.text for option in idle]
 
 
 def place(pipeline: Any, request: Request, device: str) -> None:

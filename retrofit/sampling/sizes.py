@@ -10,6 +10,7 @@ from retrofit.checkpoints import Checkpoint, find_checkpoint, read_json
 from retrofit.layout.picture_sizes import refuse_off_grid
 from retrofit.runtime.errors import InputError, UnsupportedError
 from retrofit.runtime.reading import PICTURE_BYTES, open_regular
+from retrofit.sampling.needed_pictures import EDITING
 from retrofit.sampling.request import Request
 
 DEFAULTS = "generation_config.json"  # of a checkpoint: its steps and guidance
@@ -38,6 +39,8 @@ def find_image_checkpoint(request: Request) -> Checkpoint:
         classes = getattr(auto_pipeline, f"AUTO_{table}_PIPELINES_MAPPING").values()
         if name in {cls.__name__ for cls in classes}:
             return checkpoint
+    if name in EDITING.values():
+        return checkpoint
     cls = getattr(diffusers, name, None)
     makes_video = cls is not None and "num_frames" in inspect.signature(cls.__call__).parameters
     raise UnsupportedError(

@@ -77,7 +77,7 @@ def test_wrong_output_is_not_timed(small, capsys, monkeypatch, goal):
 
     for module, name in (
         (patterns, "block_sparse_attention"),
-        (patterns, "neighborhood_attention"),
+        (patterns, "attend"),
         (quick, "select_blocks"),
     ):
         monkeypatch.setattr(module, name, slightly_wrong(getattr(module, name)))

@@ -168,3 +168,12 @@ def test_doctor_says_of_every_backend_whether_it_is_taken_or_why_not(monkeypatch
     answer = run_command("doctor")
     assert "window_attention: triton" in answer.out
     assert "no GPU here" in answer.out
+
+
+def test_a_method_shows_the_recipe_of_a_models_family(pipeline, run_command):
+    by_model = run_command("methods", "hidiffusion", "--model", pipeline)
+    assert by_model.code == 0, by_model.err
+    assert by_model.out == run_command("methods", "hidiffusion", "--family", "unet2d").out
+    assert "unet2d_hidiffusion_long" in by_model.out
+    both = run_command("methods", "--model", pipeline, "--family", "unet2d")
+    assert (both.code, "Give one of them" in both.err) == (2, True)

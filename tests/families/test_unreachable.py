@@ -76,7 +76,9 @@ def test_siglips_pooling_head_is_left_dense_and_reported():
 def test_a_processor_that_computes_its_own_softmax_is_refused():
     network = make_sd15_unet()
     network.set_attn_processor(AttnProcessor())
-    with pytest.raises(UnsupportedError, match="call `set_default_attn_processor"):
+    with pytest.raises(
+        UnsupportedError, match=r"call `set_attn_processor\(AttnProcessor2_0\(\)\)`"
+    ):
         retrofit.patch(network, DenseConfig())
     network.set_attn_processor(AttnProcessor2_0())
     inputs = make_unet_inputs()
