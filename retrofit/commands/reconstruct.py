@@ -118,7 +118,7 @@ def run(
     r"""Reconstruct a scene from photos: cameras, depth maps and a coloured point cloud.
 
     Writes cameras.json (conventions inside), depth/*.png (16 bits), depth.npy, confidence.npy,
-    points.ply, colmap/ (text model) and preview.png. With --method, global attention is patched in
+    points.ply, colmap/ (binary) and preview.png. With --method, global attention is patched in
     memory; a patched checkpoint runs as it was saved.
 
     [bold]Examples[/bold]
