@@ -123,9 +123,9 @@ def run(
 
     [bold]Examples[/bold]
 
-    $ retrofit reconstruct rooms photos/*.png -o scene
-    VGGT: 6 views of 64x64 in 0.1 s, predicted peak 30.3 MB besides the libraries
-    scene: 22118 points, look at scene/preview.png
+    $ retrofit reconstruct rooms examples/rooms/photos/*.png -o scene
+    VGGT: 4 views of 64x64 in 0.1 s, predicted peak 26.2 MB besides the libraries
+    scene: 14745 points, look at scene/preview.png
 
     $ retrofit reconstruct facebook/VGGT-1B photos/ --method block-sparse --dtype bfloat16 -o scene
     $ retrofit reconstruct yyfz233/Pi3 walk.mp4 --every 15 -o scene
