@@ -183,6 +183,7 @@ def _reconstruct(
     json: bool,
     **writing: Any,
 ) -> None:
+    from retrofit.reconstruct.overlap import warn_of_low_overlap
     from retrofit.reconstruct.writing import refuse_target, write_result
 
     refuse_target(out, files, source=reconstructor.checkpoint.root, force=writing["force"])
@@ -190,6 +191,7 @@ def _reconstruct(
         made = reconstructor.run(files, progress=advance)
         advance("writing", 0, 1)
         written = write_result(made, out, **writing)
+    warn_of_low_overlap(made.scene)
     if json:
         print_json(_as_json(made, out, written))
     else:
