@@ -5,21 +5,22 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
-from retrofit.runtime.errors import InputError, NotFoundError, suggest
-from retrofit.runtime.reading import PICTURE_BYTES, open_regular
+from retrofit.runtime.errors import InputError, suggest
+from retrofit.runtime.pictures import Photo, read_photo
 
 logger = logging.getLogger(__name__)
 
 FitMode = Literal["crop", "pad", "area"]
+OPAQUE = 128  # of 255: what is more transparent is no part of a photo
 _RESAMPLE = {
     "crop": Image.Resampling.BICUBIC,
     "pad": Image.Resampling.BICUBIC,
@@ -41,6 +42,8 @@ class ImageFit:
         scale_y: The same, vertically (it differs a little: sides are rounded to patches).
         left: Network pixels before the photo; negative where it was cropped.
         top: The same, above.
+        orientation: How the file's pixels lie, as EXIF counts it; 1 is upright.
+        opaque: Where the photo, as it was resized, is not transparent, bool; None is everywhere.
     """
 
     path: Path
@@ -50,6 +53,18 @@ class ImageFit:
     scale_y: float
     left: int = 0
     top: int = 0
+    orientation: int = 1
+    opaque: Tensor | None = field(default=None, compare=False)
+
+    def shown(self, height: int, width: int) -> Tensor:
+        """True where a pixel of the network's image shows the photo, bool `[height, width]`."""
+        shape = round(self.height * self.scale_y), round(self.width * self.scale_x)
+        opaque = torch.ones(shape, dtype=torch.bool) if self.opaque is None else self.opaque
+        shown = torch.zeros(height, width, dtype=torch.bool)
+        cut = opaque[max(-self.top, 0) :, max(-self.left, 0) :][:height, :width]
+        top, left = max(self.top, 0), max(self.left, 0)
+        shown[top : top + cut.shape[0], left : left + cut.shape[1]] = cut
+        return shown
 
     def original_intrinsics(self, intrinsics: Tensor) -> Tensor:
         """Turn intrinsics `[..., 3, 3]` of the network's image into the upright photo's."""
@@ -74,8 +89,8 @@ def load_images(
 ) -> tuple[Tensor, list[ImageFit]]:
     """Read photos, turn them upright as their EXIF says, and fit them.
 
-    Transparent parts become white. Photos that end up with different sizes are centred on white of
-    the largest height and width, with a warning.
+    Transparent parts become white, and the fit says where they are. Photos that end up with
+    different sizes are centred on white of the largest height and width, with a warning.
 
     Args:
         paths: Files that Pillow reads; of several frames the first is taken.
@@ -101,57 +116,38 @@ def load_images(
     for path in map(Path, paths):
         photo = read_photo(path)
         if mode != "area" or target is None:
-            target = _target_size(photo.size, mode, size, patch_size, max_pixels)
-        resized = photo.resize(target, _RESAMPLE[mode])
+            target = _target_size(photo.picture.size, mode, size, patch_size, max_pixels)
+        resized = photo.over("white").resize(target, _RESAMPLE[mode])
         frame = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float() / 255
-        fit = ImageFit(
-            path=path,
-            width=photo.width,
-            height=photo.height,
-            scale_x=target[0] / photo.width,
-            scale_y=target[1] / photo.height,
-        )
         sides = {"crop": (min(target[1], size), target[0]), "pad": (size, size)}
+        fit = _fit(path, photo, target, mode)
         frame, fit = _centre(frame, fit, sides.get(mode, (target[1], target[0])))
+        if not fit.shown(*frame.shape[1:]).any():
+            raise InputError(
+                f"{path}: expected a photo, got one that is all transparent where it is seen. "
+                "Leave it out, or save it without transparency."
+            )
         frames.append(frame)
         fits.append(fit)
     return _stack(frames, fits)
 
 
-def read_photo(path: Path) -> Image.Image:
-    """One photo: upright, RGB, 8 bits, transparent parts white.
-
-    Raises:
-        NotFoundError: If the file does not exist.
-        InputError: If it is no photo, or a damaged one.
-    """
-    if not path.exists():
-        raise NotFoundError(f"{path}: no such file. Check the path.")
-    try:
-        with open_regular(path, PICTURE_BYTES) as stream, Image.open(stream) as opened:
-            photo = ImageOps.exif_transpose(opened)
-            photo.load()
-    except UnidentifiedImageError as error:
-        raise InputError(
-            f"{path}: expected an image, got something else. Leave it out, or give a PNG or JPEG."
-        ) from error
-    except Image.DecompressionBombError as error:
-        raise InputError(
-            f"{path}: expected an image, got one of more pixels than Pillow opens. Make it smaller."
-        ) from error
-    except (OSError, SyntaxError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "a damaged one"
-        raise InputError(
-            f"{path}: expected an image, got {reason}. Leave it out or save it again."
-        ) from error
-    if photo.mode == "F":
-        raise InputError(f"{path}: expected 8 or 16 bits, got floats. Save it as PNG or JPEG.")
-    if photo.mode.startswith("I"):  # 16 bits, which Pillow would clip instead of scale
-        photo = Image.fromarray((np.clip(np.array(photo), 0, 65535) // 257).astype(np.uint8))
-    if photo.has_transparency_data:
-        white = Image.new("RGBA", photo.size, (255, 255, 255, 255))
-        photo = Image.alpha_composite(white, photo.convert("RGBA"))
-    return photo.convert("RGB")
+def _fit(path: Path, photo: Photo, target: tuple[int, int], mode: FitMode) -> ImageFit:
+    """How a photo is resized to a width and height."""
+    width, height = photo.picture.size
+    opaque = None
+    if photo.alpha is not None:
+        alpha = np.array(photo.alpha.resize(target, _RESAMPLE[mode]))
+        opaque = torch.from_numpy(alpha >= OPAQUE)
+    return ImageFit(
+        path=path,
+        width=width,
+        height=height,
+        scale_x=target[0] / width,
+        scale_y=target[1] / height,
+        orientation=photo.orientation,
+        opaque=opaque,
+    )
 
 
 def _check_request(paths: Sequence[str | Path], mode: str, size: int, patch_size: int) -> None:
@@ -200,8 +196,7 @@ def _centre(frame: Tensor, fit: ImageFit, size: tuple[int, int]) -> tuple[Tensor
     centred = torch.ones(3, *size)
     first = max(top, 0)
     centred[:, first : first + frame.shape[1], left : left + frame.shape[2]] = frame
-    moved = {"left": fit.left + left, "top": fit.top + top}
-    return centred, ImageFit(**(vars(fit) | moved))
+    return centred, replace(fit, left=fit.left + left, top=fit.top + top)
 
 
 def _stack(frames: list[Tensor], fits: list[ImageFit]) -> tuple[Tensor, list[ImageFit]]:

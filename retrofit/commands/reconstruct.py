@@ -118,14 +118,14 @@ def run(
     r"""Reconstruct a scene from photos: cameras, depth maps and a coloured point cloud.
 
     Writes cameras.json (conventions inside), depth/*.png (16 bits), depth.npy, confidence.npy,
-    points.ply, colmap/ (text model) and preview.png. With --method, global attention is patched in
+    points.ply, colmap/ (binary) and preview.png. With --method, global attention is patched in
     memory; a patched checkpoint runs as it was saved.
 
     [bold]Examples[/bold]
 
-    $ retrofit reconstruct rooms photos/*.png -o scene
-    VGGT: 6 views of 64x64 in 0.1 s, predicted peak 30.3 MB besides the libraries
-    scene: 22118 points, look at scene/preview.png
+    $ retrofit reconstruct rooms examples/rooms/photos/*.png -o scene
+    VGGT: 4 views of 64x64 in 0.1 s, predicted peak 26.2 MB besides the libraries
+    scene: 14745 points, look at scene/preview.png
 
     $ retrofit reconstruct facebook/VGGT-1B photos/ --method block-sparse --dtype bfloat16 -o scene
     $ retrofit reconstruct yyfz233/Pi3 walk.mp4 --every 15 -o scene
@@ -183,6 +183,7 @@ def _reconstruct(
     json: bool,
     **writing: Any,
 ) -> None:
+    from retrofit.reconstruct.overlap import warn_of_low_overlap
     from retrofit.reconstruct.writing import refuse_target, write_result
 
     refuse_target(out, files, source=reconstructor.checkpoint.root, force=writing["force"])
@@ -190,6 +191,7 @@ def _reconstruct(
         made = reconstructor.run(files, progress=advance)
         advance("writing", 0, 1)
         written = write_result(made, out, **writing)
+    warn_of_low_overlap(made.scene)
     if json:
         print_json(_as_json(made, out, written))
     else:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,14 +22,20 @@ from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.profiling.inspection import AskedSize
 from retrofit.reconstruct.fitting import Fitting
 from retrofit.runtime.errors import InputError, NotFoundError, UnsupportedError
-from retrofit.runtime.reading import PICTURE_BYTES, open_regular, read_text
+from retrofit.runtime.pictures import (
+    LeftOut,
+    choose_pictures,
+    describe_left_out,
+    read_photo,
+    warn_left_out,
+)
+from retrofit.runtime.reading import read_text
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 logger = logging.getLogger(__name__)
 TEXTS = (".md", ".rst", ".txt")
-PICTURES = (".bmp", ".jpeg", ".jpg", ".png", ".webp")
 DEFAULT_COUNT = {"texts": 8, "pictures": 4, "drawn": 2}
 LONG_ENOUGH = 0.8  # of the tokens that a document is cut at
 PASSAGE = 6  # characters a token, so that a passage has enough of them
@@ -168,7 +174,7 @@ def _texts(
 
     count = choice.count or DEFAULT_COUNT["texts"]
     if choice.files:
-        files = _files(choice.files, TEXTS)[: choice.count]
+        files = _files(choice.files, _choose_texts)[: choice.count]
         named = [(file.name, _read_text(file)) for file in files]
     else:
         named = collect_documents(
@@ -198,7 +204,8 @@ def _pictures(
     height, width = drawn["pixel_values"].shape[-2:]
     count = choice.count or DEFAULT_COUNT["pictures"]
     if choice.files:
-        named = list(_open_pictures(_files(choice.files, PICTURES)))[: choice.count]
+        files = _files(choice.files, choose_pictures)[: choice.count]
+        named = [(file.name, read_photo(file).over("white")) for file in files]
     else:
         scenes = draw_pictures(count, width, height, seed=choice.seed)
         named = [(f"scene {i}", scene) for i, scene in enumerate(scenes)]
@@ -209,17 +216,6 @@ def _pictures(
         )
         for name, picture in named
     ]
-
-
-def _open_pictures(files: Sequence[Path]) -> Iterator[tuple[str, Image]]:
-    from PIL import Image, UnidentifiedImageError
-
-    for file in files:
-        try:
-            with open_regular(file, PICTURE_BYTES) as stream, Image.open(stream) as picture:
-                yield file.name, picture.convert("RGB")
-        except UnidentifiedImageError as error:
-            raise InputError(f"{file}: expected a picture, got something else.") from error
 
 
 def _normaliser(folder: Path | None) -> Callable[[Image], Tensor]:
@@ -274,16 +270,28 @@ def _one_call(network: FoundNetwork, name: str, arguments: dict[str, Any]) -> Mo
     )
 
 
-def _files(paths: Sequence[Path], endings: Sequence[str]) -> list[Path]:
-    """Files themselves, and those in folders that have one of the endings."""
+def _files(
+    paths: Sequence[Path], choose: Callable[[Iterable[Path]], tuple[list[Path], LeftOut]]
+) -> list[Path]:
+    """Files themselves, and those in folders that can be used; a warning names the others."""
     files: list[Path] = []
     for path in paths:
         if not path.exists():
             raise NotFoundError(f"{path}: no such file or folder. Check --inputs.")
-        if path.is_dir():
-            files += sorted(file for file in path.iterdir() if file.suffix.lower() in endings)
-        else:
+        if not path.is_dir():
             files.append(path)
-    if not files:
-        raise NotFoundError(f"{paths[0]}: holds no file ending in {', '.join(endings)}.")
+            continue
+        chosen, left_out = choose(path.iterdir())
+        if not chosen:
+            told = describe_left_out(left_out) or "it is empty"
+            raise NotFoundError(f"{path}: holds no file that can be used ({told}).")
+        warn_left_out(path, left_out)
+        files += chosen
     return files
+
+
+def _choose_texts(files: Iterable[Path]) -> tuple[list[Path], LeftOut]:
+    seen = sorted(file for file in files if file.is_file() and not file.name.startswith("."))
+    others = [file.name for file in seen if file.suffix.lower() not in TEXTS]
+    left_out = {f"ends in none of {', '.join(TEXTS)}": others} if others else {}
+    return [file for file in seen if file.suffix.lower() in TEXTS], left_out

@@ -21,9 +21,14 @@ from retrofit.architectures.cameras import invert_extrinsics
 from retrofit.architectures.images import ImageFit
 from retrofit.evaluate.truth import TrueScene
 from retrofit.reconstruct.fitting import Fitting
-from retrofit.reconstruct.inputs import IMAGES
 from retrofit.runtime.errors import InputError, NotFoundError
 from retrofit.runtime.finite import is_finite
+from retrofit.runtime.pictures import (
+    choose_pictures,
+    describe_left_out,
+    holds_pictures,
+    warn_left_out,
+)
 from retrofit.runtime.reading import JSON_BYTES, open_regular, parse_json, read_bytes
 
 CAMERAS = "cameras.json"
@@ -71,7 +76,7 @@ def find_scenes(given: Sequence[Path]) -> list[Path]:
             )
         below = sorted(folder for folder in path.iterdir() if folder.is_dir())
         inside = [folder for folder in below if (folder / CAMERAS).is_file()]
-        inside = inside or [folder for folder in below if _photos(folder)]
+        inside = inside or [folder for folder in below if holds_pictures(folder)]
         if _is_scene(path):
             found.append(path)
         elif inside:
@@ -107,23 +112,23 @@ def read_scene(folder: Path, fitting: Fitting, *, views: int | None = None) -> N
         raise InputError(f"--frames {views}: expected two views of a scene or more. Take 2.")
     file = folder / CAMERAS
     frames = _read_frames(file) if file.is_file() else None
-    photos = _photos(folder) if frames is None else [frame.photo for frame in frames]
+    photos, left_out = choose_pictures(folder.iterdir())
+    if frames is not None:
+        photos, left_out = [frame.photo for frame in frames], {}
     if len(photos) < (views or 2):
+        told = f" (left out {describe_left_out(left_out)})" if left_out else ""
         raise InputError(
-            f"{folder}: expected {views or 2} views or more, got {len(photos)}. "
+            f"{folder}: expected {views or 2} views or more, got {len(photos)}{told}. "
             + ("Add some." if views is None else "Ask for fewer with --frames.")
         )
+    warn_left_out(folder, left_out)
     images, fits = fitting.load(photos[:views])
     truth = None if frames is None else _truth(folder, frames, images, fits)
     return NamedScene(name=folder.name, images=images, truth=truth)
 
 
 def _is_scene(folder: Path) -> bool:
-    return (folder / CAMERAS).is_file() or bool(_photos(folder))
-
-
-def _photos(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGES)
+    return (folder / CAMERAS).is_file() or holds_pictures(folder)
 
 
 def _read_frames(file: Path) -> list[_Frame]:
@@ -252,4 +257,5 @@ def _resample(depth: Tensor, frame: _Frame, fit: ImageFit, size: Sequence[int]) 
         shown.append((there >= 0) & (there < photo) & (place >= 0) & (place < known))
         axes.append(place.clamp(0, known - 1))
     found = depth[axes[0][:, None], axes[1]]
-    return found.masked_fill(~(shown[0][:, None] & shown[1]), torch.nan)
+    inside = shown[0][:, None] & shown[1] & fit.shown(size[0], size[1])
+    return found.masked_fill(~inside, torch.nan)

@@ -9,10 +9,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from retrofit.runtime.errors import InputError, NotFoundError, UnsupportedError
+from retrofit.runtime.pictures import (
+    choose_pictures,
+    describe_left_out,
+    holds_pictures,
+    warn_left_out,
+)
 from retrofit.runtime.reading import require_regular
 
 logger = logging.getLogger(__name__)
-IMAGES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LISTED = 4  # folders in a message
 VIDEOS = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".mpeg", ".mpg", ".webm")
 
 
@@ -20,7 +26,8 @@ def find_images(given: Sequence[str | Path]) -> list[Path]:
     """Turn what a user named into files, in their order; folders and globs sorted by name.
 
     Args:
-        given: Files, folders (their images, not those of folders below), globs.
+        given: Files, folders (their images, not those of folders below), globs. A warning says
+            what of a folder or a glob is left out, and why.
 
     Raises:
         NotFoundError: If a name stands for nothing.
@@ -35,10 +42,10 @@ def find_images(given: Sequence[str | Path]) -> list[Path]:
             require_regular(path, path.stat())
             found.append(path)
         elif glob.has_magic(name):
-            matched = sorted(Path(match) for match in glob.glob(str(path), recursive=True))
-            found += [match for match in matched if match.suffix.lower() in IMAGES]
+            matched = [Path(match) for match in glob.glob(str(path), recursive=True)]
             if not matched:
                 raise NotFoundError(f"{name}: no file of that pattern. Check the folder.")
+            found += _choose(name, matched)
         else:
             raise NotFoundError(f"{name}: no such file or folder. Check the path.")
     if not found:
@@ -52,10 +59,25 @@ def find_images(given: Sequence[str | Path]) -> list[Path]:
 
 
 def _in_folder(folder: Path) -> list[Path]:
-    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in IMAGES)
-    if not files:
-        raise NotFoundError(f"{folder}: holds no file ending in {', '.join(IMAGES)}.")
-    return files
+    inside = list(folder.iterdir())
+    scenes = sorted(path for path in inside if path.is_dir() and holds_pictures(path))
+    if scenes and not holds_pictures(folder):
+        named = ", ".join(path.name for path in scenes[:LISTED])
+        more = f" and {len(scenes) - LISTED} more" if len(scenes) > LISTED else ""
+        raise InputError(
+            f"{folder}: expected the photos of one scene, got {len(scenes)} folders of photos "
+            f"({named}{more}). Give one of them: {scenes[0]}"
+        )
+    return _choose(folder, inside)
+
+
+def _choose(where: str | Path, files: Sequence[Path]) -> list[Path]:
+    chosen, left_out = choose_pictures(files)
+    if not chosen:
+        told = describe_left_out(left_out) or "it is empty"
+        raise NotFoundError(f"{where}: holds no picture that can be read ({told}).")
+    warn_left_out(where, left_out)
+    return chosen
 
 
 def is_video(path: Path) -> bool:

@@ -46,14 +46,9 @@ class Scene:
 
     @property
     def inside(self) -> Tensor:
-        """True where a pixel shows the photo, False where white fills it up, bool `[N, H, W]`."""
-        count, _, height, width = self.images.shape
-        shown = torch.zeros(count, height, width, dtype=torch.bool)
-        for index, fit in enumerate(self.fits):
-            bottom = fit.top + round(fit.height * fit.scale_y)
-            right = fit.left + round(fit.width * fit.scale_x)
-            shown[index, max(fit.top, 0) : bottom, max(fit.left, 0) : right] = True
-        return shown
+        """True where a pixel shows a photo, not white or what is transparent, `[N, H, W]`."""
+        height, width = self.images.shape[-2:]
+        return torch.stack([fit.shown(height, width) for fit in self.fits])
 
     def photo_intrinsics(self) -> Tensor:
         """Intrinsics of the upright photos, `[N, 3, 3]`."""

@@ -1,11 +1,10 @@
-"""Write a scene as files that other programs open: JSON, PNG, NumPy, PLY, COLMAP's text model."""
+"""Write a scene as files that other programs open: JSON, PNG, NumPy, PLY, COLMAP's model."""
 
 from __future__ import annotations
 
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from retrofit.architectures.cameras import invert_extrinsics, matrix_to_quaternion
+from retrofit.architectures.cameras import invert_extrinsics
 from retrofit.artifact.writing import new_folder, refuse_output
 from retrofit.reconstruct import Result
+from retrofit.reconstruct.cloud import make_cloud, write_ply
+from retrofit.reconstruct.colmap import write_colmap
 from retrofit.reconstruct.preview import draw_preview
 from retrofit.reconstruct.scene import Scene
 
@@ -29,55 +30,9 @@ CONVENTIONS = {
     "intrinsics": "3x3, pixels of the upright photo",
     "network": "the photo as the network saw it: x_network = x_photo * scale + offset. depth, "
     "confidence and network.intrinsics belong to it; its pixel in column u, row v lies at (u, v)",
-    "depth_png": "16 bits; depth = value * depth_scale, 0 is no depth (outside the photo)",
+    "depth_png": "16 bits; depth = value * depth_scale, 0 is no depth (no photo, or transparent)",
     "world": "VGGT: axes of the first camera; Pi3: axes of its own choice",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cloud:
-    """Points of a scene that are sure enough to be kept.
-
-    Attributes:
-        points: `[P, 3]` float32.
-        colours: `[P, 3]` uint8.
-        view: Which view a point comes from, `[P]`.
-        pixel: Column and row there, in the network's image, `[P, 2]`.
-    """
-
-    points: np.ndarray
-    colours: np.ndarray
-    view: np.ndarray
-    pixel: np.ndarray
-
-
-def make_cloud(scene: Scene, *, drop: float, most: int) -> Cloud:
-    """The points of a scene, least sure ones left out.
-
-    Args:
-        scene: The scene.
-        drop: Fraction of the pixels to leave out, those of least confidence.
-        most: Points at most; further ones are left out evenly.
-    """
-    inside = scene.inside
-    threshold = torch.quantile(_sample(scene.confidence[inside]), drop)
-    keep = inside & (scene.confidence >= threshold)
-    view, row, column = keep.nonzero(as_tuple=True)
-    if len(view) > most:
-        chosen = torch.linspace(0, len(view) - 1, most).round().long()
-        view, row, column = view[chosen], row[chosen], column[chosen]
-    colours = scene.images.permute(0, 2, 3, 1)[view, row, column]
-    return Cloud(
-        points=scene.points[view, row, column].numpy().astype(np.float32),
-        colours=(colours * 255).round().to(torch.uint8).numpy(),
-        view=view.numpy(),
-        pixel=torch.stack([column, row], dim=-1).numpy(),
-    )
-
-
-def _sample(values: torch.Tensor, most: int = 1_000_000) -> torch.Tensor:
-    """Some of the values: `torch.quantile` takes sixteen million at most."""
-    return values[:: max(1, len(values) // most)]
 
 
 def write_result(
@@ -139,9 +94,9 @@ FILES = (
     "depth.npy",
     "confidence.npy",
     "points.ply",
-    "colmap/cameras.txt",
-    "colmap/images.txt",
-    "colmap/points3D.txt",
+    "colmap/cameras.bin",
+    "colmap/images.bin",
+    "colmap/points3D.bin",
     "preview.png",
 )
 
@@ -203,63 +158,3 @@ def _write_cameras(result: Result, file: Path, depth_scale: float, out: Path | N
         "frames": frames,
     }
     file.write_text(json.dumps(data, indent=2, allow_nan=False) + "\n")
-
-
-def write_ply(cloud: Cloud, file: Path) -> None:
-    """Binary little-endian PLY: x, y, z as float, red, green, blue as uchar."""
-    fields = [(axis, "<f4") for axis in "xyz"] + [(c, "u1") for c in ("red", "green", "blue")]
-    vertices = np.empty(len(cloud.points), dtype=fields)
-    for index, axis in enumerate("xyz"):
-        vertices[axis] = cloud.points[:, index]
-    for index, colour in enumerate(("red", "green", "blue")):
-        vertices[colour] = cloud.colours[:, index]
-    kinds = [f"property float {axis}" for axis in "xyz"]
-    kinds += [f"property uchar {colour}" for colour in ("red", "green", "blue")]
-    header = ["ply", "format binary_little_endian 1.0", f"element vertex {len(vertices)}", *kinds]
-    with file.open("wb") as stream:
-        stream.write("\n".join([*header, "end_header", ""]).encode())
-        stream.write(vertices.tobytes())
-
-
-def write_colmap(scene: Scene, cloud: Cloud, folder: Path, *, most: int = 100_000) -> None:
-    """COLMAP's text model: a pinhole camera a photo, each point seen in the view it comes from.
-
-    Format: https://colmap.github.io/format.html#text-format.
-
-    Args:
-        scene: Cameras.
-        cloud: Points.
-        folder: Gets `cameras.txt`, `images.txt` and `points3D.txt`.
-        most: Points at most, since text is slow to read.
-    """
-    step = max(1, -(-len(cloud.points) // most))
-    chosen = np.arange(0, len(cloud.points), step)
-    intrinsics = scene.photo_intrinsics()
-    cameras = ["# CAMERA_ID, MODEL, WIDTH, HEIGHT, PARAMS[] (fx, fy, cx, cy)"]
-    images = ["# IMAGE_ID, QW, QX, QY, QZ, TX, TY, TZ, CAMERA_ID, NAME", "# X, Y, POINT3D_ID ..."]
-    points = ["# POINT3D_ID, X, Y, Z, R, G, B, ERROR, TRACK[] (IMAGE_ID, POINT2D_IDX)"]
-    taken = [fit.path.name for fit in scene.fits]
-    for index, fit in enumerate(scene.fits):
-        matrix = intrinsics[index]
-        parameters = [matrix[0, 0], matrix[1, 1], matrix[0, 2], matrix[1, 2]]
-        cameras.append(f"{index + 1} PINHOLE {fit.width} {fit.height} {_join(parameters)}")
-        pose = scene.extrinsics[index].double()
-        x, y, z, w = matrix_to_quaternion(pose[:, :3])
-        # COLMAP tells images apart by name
-        name = fit.path.name if taken.count(fit.path.name) == 1 else f"{index:04d}/{fit.path.name}"
-        images.append(f"{index + 1} {_join([w, x, y, z, *pose[:, 3]])} {index + 1} {name}")
-        own = chosen[cloud.view[chosen] == index]
-        seen = []
-        for place, point in enumerate(own):
-            at = (cloud.pixel[point] - [fit.left, fit.top]) / [fit.scale_x, fit.scale_y]
-            seen.append(f"{_join(at)} {point + 1}")
-            colour = " ".join(map(str, cloud.colours[point]))
-            where = f"{_join(cloud.points[point])} {colour}"
-            points.append(f"{point + 1} {where} 0 {index + 1} {place}")
-        images.append(" ".join(seen))
-    for name, lines in (("cameras", cameras), ("images", images), ("points3D", points)):
-        (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-
-
-def _join(numbers: Sequence[Any]) -> str:
-    return " ".join(f"{float(number):.9g}" for number in numbers)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import io
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -49,24 +48,19 @@ class InputFile:
             what: The option that names it, for messages.
 
         Raises:
-            NotFoundError: If it can't be read.
-            InputError: If it is no picture.
+            NotFoundError: If it does not exist.
+            InputError: If it is no picture, or can't be read.
         """
-        from PIL import Image, UnidentifiedImageError
+        from retrofit.runtime.pictures import read_photo
 
+        file = Path(path).expanduser()
         try:
-            data = read_bytes(Path(path).expanduser(), PICTURE_BYTES)
-            with Image.open(io.BytesIO(data)) as picture:
-                picture.load()
-        except UnidentifiedImageError as error:
-            raise InputError(
-                f"{what} {path}: expected a picture, got something else. Give a PNG or JPEG."
-            ) from error
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            reason = getattr(error, "strerror", None) or "it is damaged, or too large"
+            data = read_bytes(file, PICTURE_BYTES)
+        except OSError as error:
             raise NotFoundError(
-                f"{what} {path}: can't be read ({reason}). Give a PNG or JPEG."
+                f"{what} {path}: can't be read ({error.strerror}). Give a PNG or JPEG."
             ) from error
+        read_photo(path, what=what, data=data)
         return cls(path=str(path), sha256=hashlib.sha256(data).hexdigest())
 
     def check(self, what: str) -> None:

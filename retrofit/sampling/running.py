@@ -15,7 +15,7 @@ from PIL import Image
 
 from retrofit.runtime.errors import NonFiniteError, RetrofitError
 from retrofit.runtime.finite import is_finite
-from retrofit.runtime.reading import PICTURE_BYTES, open_regular
+from retrofit.runtime.pictures import read_photo
 from retrofit.runtime.timing import timed
 from retrofit.runtime.versions import current_versions
 from retrofit.sampling.advice import enlarging_methods
@@ -146,7 +146,7 @@ def _pictures_in(request: Request, known: set[str]) -> dict[str, Any]:
     if request.image is not None:
         found["image"] = _read(request.image, request)
     if request.mask is not None:
-        found["mask_image"] = _read(request.mask, request, mode="L")
+        found["mask_image"] = _read(request.mask, request, background="black").convert("L")
     if request.control_image is not None:
         key = "control_image" if "control_image" in known else "image"
         found[key] = _read(request.control_image, request)
@@ -157,10 +157,8 @@ def _pictures_in(request: Request, known: set[str]) -> dict[str, Any]:
     return batched
 
 
-def _read(file: InputFile, request: Request | None, mode: str = "RGB") -> Image.Image:
-    path = Path(file.path).expanduser()
-    with open_regular(path, PICTURE_BYTES) as stream, Image.open(stream) as opened:
-        picture = opened.convert(mode)
+def _read(file: InputFile, request: Request | None, *, background: str = "white") -> Image.Image:
+    picture = read_photo(Path(file.path).expanduser()).over(background)
     if request is None or request.width is None or request.height is None:
         return picture
     return picture.resize((request.width, request.height), Image.Resampling.LANCZOS)

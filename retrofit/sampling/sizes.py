@@ -9,7 +9,7 @@ from pathlib import Path
 from retrofit.checkpoints import Checkpoint, find_checkpoint, read_json
 from retrofit.layout.picture_sizes import refuse_off_grid
 from retrofit.runtime.errors import InputError, UnsupportedError
-from retrofit.runtime.reading import PICTURE_BYTES, open_regular
+from retrofit.runtime.pictures import read_photo
 from retrofit.sampling.needed_pictures import EDITING
 from retrofit.sampling.request import Request
 
@@ -122,15 +122,11 @@ def _default_size(
     request: Request, checkpoint: Checkpoint, multiple: int
 ) -> tuple[int | None, int | None]:
     """The start picture's size on the grid, else the native size, else the pipeline's own."""
-    from PIL import Image
-
     start = request.image or request.control_image
     if start is not None:
-        file = Path(start.path).expanduser()
-        with open_regular(file, PICTURE_BYTES) as stream, Image.open(stream) as picture:
-            width, height = (
-                max(multiple, round(side / multiple) * multiple) for side in picture.size
-            )
+        what = "--image" if request.image else "--control-image"
+        picture = read_photo(Path(start.path).expanduser(), what=what).picture
+        width, height = (max(multiple, round(side / multiple) * multiple) for side in picture.size)
         return width, height
     return native_size(checkpoint) or (None, None)
 

@@ -153,7 +153,7 @@ def test_an_image_that_cant_be_read(refused, tmp_path):
     data = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(data[: len(data) // 2])
     line = refused("--image", tmp_path / "cut.png")
-    assert "can't be read (it is damaged, or too large)" in line
+    assert "expected a picture, got a damaged one" in line
 
 
 def test_like_with_a_picture_that_retrofit_did_not_make(refused, start, tmp_path):

@@ -93,7 +93,9 @@ def test_files_that_are_not_there_are_named(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     folder = tiny_pipelines.write_encoder_checkpoint(tmp_path / "encoder")
     choice = InputChoice(files=(tmp_path / name,))
-    with pytest.raises(NotFoundError, match=f"{name}: (no such file|holds no file ending in)"):
+    with pytest.raises(
+        NotFoundError, match=f"{name}: (no such file|holds no file that can be used)"
+    ):
         make_inputs(tiny_models.make_minilm(), choice, folder=folder)
 
 
@@ -122,6 +124,34 @@ def test_users_pictures_are_resized(tmp_path: Path) -> None:
     (item,) = make_inputs(tiny_models.make_dinov2_with_registers(), choice)
     assert item.name == "red.png"
     assert item.calls[0].arguments["pixel_values"].shape == (1, 3, 44, 28)
+
+
+def test_pictures_are_upright_and_what_is_left_out_is_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    Image.new("RGBA", (20, 20), (200, 0, 0, 0)).save(tmp_path / "cut.avif", quality=100)
+    turned = Image.new("RGB", (28, 28))
+    turned.paste((255, 255, 255), (0, 0, 14, 28))  # the right half, once it is upright
+    turned.save(tmp_path / "turned.png", exif=exif)
+    (tmp_path / "notes.doc").write_text("no picture")
+    choice = InputChoice(files=(tmp_path,), sizes={"": InputSize(height=28, width=28)})
+    inputs = make_inputs(tiny_models.make_dinov2_with_registers(), choice)
+    assert [item.name for item in inputs] == ["cut.avif", "turned.png"]
+    cut, upright = (item.calls[0].arguments["pixel_values"] for item in inputs)
+    assert (cut == cut.max()).all()  # white
+    assert upright[..., 20].min() > upright[..., 5].max()
+    assert "left out 1 (notes.doc): no ending of a picture" in caplog.text
+
+
+def test_texts_that_are_left_out_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = tiny_pipelines.write_encoder_checkpoint(tmp_path / "encoder")
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "a.txt").write_text("a dog near the river")
+    (tmp_path / "texts" / "b.html").write_text("the cat on the house")
+    make_inputs(tiny_models.make_minilm(), InputChoice(files=(tmp_path / "texts",)), folder=folder)
+    assert "left out 1 (b.html): ends in none of .md, .rst, .txt" in caplog.text
 
 
 def test_file_that_is_no_picture_is_named(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def _points_of_depth(scene: Path) -> np.ndarray:
 
 def test_the_listed_files_are_there_and_no_others(scene: Path) -> None:
     written = {str(path.relative_to(scene)) for path in scene.rglob("*") if path.is_file()}
-    colmap = {f"colmap/{name}.txt" for name in ("cameras", "images", "points3D")}
+    colmap = {f"colmap/{name}.bin" for name in ("cameras", "images", "points3D")}
     depth = {f"depth/{index:04d}-view{index}.png" for index in range(4)}
     single = {"cameras.json", "depth.npy", "confidence.npy", "points.ply", "preview.png"}
     assert written == single | colmap | depth

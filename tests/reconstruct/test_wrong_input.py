@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import retrofit.reconstruct as reconstruct
 from retrofit.reconstruct.inputs import find_images, read_video
@@ -45,7 +46,7 @@ def test_one_image(call, photos: Path) -> None:
 
 def test_an_empty_folder(call, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
-    _is_one_line(call(tmp_path / "empty"), "holds no file ending in")
+    _is_one_line(call(tmp_path / "empty"), "holds no picture that can be read (it is empty)")
 
 
 def test_a_missing_file(call, photos: Path) -> None:
@@ -59,12 +60,12 @@ def test_a_pattern_that_matches_nothing(call, photos: Path) -> None:
 def test_a_corrupt_image(call, photos: Path) -> None:
     whole = (photos / "view1.png").read_bytes()
     (photos / "view1.png").write_bytes(whole[: len(whole) // 2])
-    _is_one_line(call(photos), "view1.png", "expected an image")
+    _is_one_line(call(photos), "view1.png", "expected a picture")
 
 
 def test_a_file_that_is_no_image(call, photos: Path) -> None:
     (photos / "view1.png").write_text("words")
-    _is_one_line(call(photos), "view1.png", "expected an image")
+    _is_one_line(call(photos), "view1.png", "expected a picture")
 
 
 def test_a_view_named_twice(call, photos: Path) -> None:
@@ -106,7 +107,7 @@ def test_too_many_views_for_memory_says_how_many_fit(call, photos, monkeypatch) 
     for index in range(40):
         shutil.copy(photos / "view0.png", photos / f"more{index:02d}.png")
     needs = reconstruct.MemoryModel.need
-    monkeypatch.setattr(reconstruct, "memory_info", lambda device: (4_000_000, 0))
+    monkeypatch.setattr(reconstruct, "memory_info", lambda device: (4_000_000, 4_000_000))
     answer = call(photos)
     _is_one_line(answer, "44 views of 56x42 take", "enough for", "--dtype", code=1)
     fitting = int(answer.err.split("enough for ")[1].split(".")[0])
@@ -157,3 +158,29 @@ def test_folders_and_patterns_are_sorted_by_name(photos: Path) -> None:
     assert [path.name for path in find_images([str(photos / "*.png")])] == names
     chosen = find_images([photos / "view3.png", photos / "view1.png"])
     assert [path.name for path in chosen] == ["view3.png", "view1.png"]
+
+
+def test_what_a_folder_or_a_pattern_leaves_out_is_counted(photos: Path, caplog) -> None:
+    with Image.open(photos / "view0.png") as photo:
+        photo.save(photos / "view4.avif")
+    for name in ("1.mov", "2.mov"):
+        (photos / name).touch()
+    names = ["view0.png", "view1.png", "view2.png", "view3.png", "view4.avif"]
+    for given in (photos, f"{photos}/*"):
+        caplog.clear()
+        assert [path.name for path in find_images([given])] == names
+        assert f"{given}: left out 2 (1.mov, 2.mov): no ending of a picture" in caplog.text
+
+
+def test_a_folder_of_heic_alone_names_the_package(call, monkeypatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    (tmp_path / "phone").mkdir()
+    (tmp_path / "phone" / "IMG_1.HEIC").touch()
+    _is_one_line(call(tmp_path / "phone"), "1 (IMG_1.HEIC)", "pip install pillow-heif")
+
+
+def test_a_folder_of_scenes_is_named_as_such(call, photos: Path) -> None:
+    for name in ("a", "b"):
+        shutil.copytree(photos, photos.parent / "rooms" / name)
+    rooms = photos.parent / "rooms"
+    _is_one_line(call(rooms), "2 folders of photos (a, b)", f"Give one of them: {rooms / 'a'}")
