@@ -150,6 +150,12 @@ def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -
                 f"{index.parent / shard}: expected {absent[0]} in it as {index.name} says, got a "
                 f"shard without {len(absent)} of its tensors. {AGAIN}"
             )
+        unlisted = sorted(headers[shard].keys() - set(tensors))
+        if unlisted:
+            raise CheckpointError(
+                f"{index.parent / shard}: holds {len(unlisted)} tensors that {index.name} does not "
+                f"list for it, such as {unlisted[0]}, and loaders disagree about those. {AGAIN}"
+            )
 
 
 def _read_index(index: Path) -> dict[str, Any]:

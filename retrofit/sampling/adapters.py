@@ -9,8 +9,8 @@ from typing import Any
 
 from retrofit.checkpoints import find_checkpoint
 from retrofit.checkpoints.hub import fetch
-from retrofit.checkpoints.libraries import quiet_libraries
 from retrofit.checkpoints.opening import load_networks
+from retrofit.checkpoints.warned import collecting_warnings
 from retrofit.checkpoints.weights import read_header
 from retrofit.runtime.errors import CheckpointError, InputError, UnsupportedError
 from retrofit.sampling.request import Request
@@ -180,7 +180,7 @@ def _name_of(dtype: Any) -> str:
 def _refusing(what: str, fix: str) -> Iterator[None]:
     """What a library says of weights that don't fit, as one line."""
     try:
-        with quiet_libraries():
+        with collecting_warnings():
             yield
     except LIBRARY_ERRORS as error:
         raise InputError(
