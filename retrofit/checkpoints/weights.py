@@ -105,6 +105,12 @@ def check_folder(folder: Path, *, convert: str) -> Weights:
                 f"{folder}: expected safetensors, got only {', '.join(pickles[:3])}, and opening a "
                 f"pickle can run any code. If you trust it, convert it: {convert}"
             )
+        packed = sorted(folder.glob("*.gguf"))
+        if packed:
+            raise CheckpointError(
+                f"{folder}: expected safetensors, got only {packed[0].name}, and GGUF files aren't "
+                f"read. Write safetensors (needs `pip install gguf`): {_unpack_command(packed[0])}"
+            )
         raise CheckpointError(f"{folder}: has no weights. {AGAIN}")
     return _choose_variant(folder, headers, indices)
 
@@ -130,6 +136,16 @@ def refuse_pickle(file: Path) -> CheckpointError:
         f"{file}: expected safetensors, got a pickle, and opening one can run any code. If you "
         f'trust it, convert it: python -c "{code}" {shlex.quote(str(file))} '
         f"{shlex.quote(str(file.with_suffix('.safetensors')))}"
+    )
+
+
+def _unpack_command(file: Path) -> str:
+    """The command that writes a GGUF file of a language model as a folder of safetensors."""
+    folder = shlex.quote(str(file.parent))
+    return (
+        'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
+        'M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2]).save_pretrained(sys.argv[3])" '
+        f"{folder} {shlex.quote(file.name)} {shlex.quote(str(file.parent) + '-safetensors')}"
     )
 
 
