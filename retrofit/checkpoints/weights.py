@@ -144,7 +144,8 @@ def _unpack_command(file: Path) -> str:
     folder = shlex.quote(str(file.parent))
     return (
         'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
-        'M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2]).save_pretrained(sys.argv[3])" '
+        "m = M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2]); m.hf_quantizer = None; "
+        "vars(m.config).pop('quantization_config', None); m.save_pretrained(sys.argv[3])\" "
         f"{folder} {shlex.quote(file.name)} {shlex.quote(str(file.parent) + '-safetensors')}"
     )
 
