@@ -71,8 +71,6 @@ def _own_component(target: Any, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _compare_weights(model: Any, loaded: Any, checkpoint: Checkpoint, name: str) -> None:
-    import torch
-
     model = getattr(model, "_orig_mod", model)
     where = f"{checkpoint.name}{f'/{name}' if name else ''}"
     own_parts = f".{LEARNED}."  # of the patch, which are saved beside the files
@@ -97,7 +95,7 @@ def _compare_weights(model: Any, loaded: Any, checkpoint: Checkpoint, name: str)
             )
         own = mine[key].detach().cpu()
         # a cast is a way of loading, not another weight
-        if own.shape != tensor.shape or not torch.equal(tensor.to(own.dtype), own):
+        if not _holds_the_same(own, tensor):
             raise UnsupportedError(f"{where}: {key} changed since it was loaded. {CHANGED}")
 
 
@@ -108,6 +106,21 @@ def _wrapped_at(mine: Mapping[str, Any], files: Mapping[str, Any]) -> str:
     key = next(iter(files))
     places = (name.removesuffix(f".{key}") for name in mine if name.endswith(f".{key}"))
     return next((at for at in places if all(f"{at}.{name}" in mine for name in files)), "")
+
+
+def _holds_the_same(own: Any, stored: Any) -> bool:
+    """Whether a weight is that of the file, cast or not; quantised ones part by part."""
+    import torch
+
+    if not hasattr(own, "__tensor_flatten__") and not hasattr(stored, "__tensor_flatten__"):
+        return own.shape == stored.shape and torch.equal(stored.to(own.dtype), own)
+    if type(own) is not type(stored):
+        return False
+    parts, layout = own.__tensor_flatten__()
+    others, other_layout = stored.__tensor_flatten__()
+    return (parts, str(layout)) == (others, str(other_layout)) and all(
+        _holds_the_same(getattr(own, part), getattr(stored, part)) for part in parts
+    )
 
 
 def _warn_of_scheduler(pipeline: Any, checkpoint: Checkpoint) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from retrofit.checkpoints.places import list_files
 from retrofit.runtime.child_process import run_child
 from retrofit.runtime.errors import CheckpointError, RetrofitError, VerificationError
 
+logger = logging.getLogger(__name__)
 MEANINGFUL = (".safetensors", ".json")  # an added file of these kinds can change what is loaded
 
 
@@ -135,6 +137,8 @@ def _repeat(
         raise VerificationError(
             f"{folder}: the fresh process ended with code {done.returncode}: {last}"
         ) from error
+    for note in answer.get("notes", ()):
+        logger.warning("%s", note)
     if "error" in answer:
         raise VerificationError(f"{folder}: in a fresh process: {answer['error']}")
     return answer["proof"]
@@ -169,11 +173,24 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     """Take a request as the argument, answer with one line of JSON."""
+    notes = _Notes()
+    logging.getLogger("retrofit").addHandler(notes)
     try:
         answer = _answer(json.loads(sys.argv[1]))
     except RetrofitError as error:
         answer = {"error": " ".join(str(error).split())}
-    sys.stdout.write(json.dumps(answer) + "\n")
+    sys.stdout.write(json.dumps({**answer, "notes": notes.texts}) + "\n")
+
+
+class _Notes(logging.Handler):
+    """Keeps what the fresh process warns of for the one that asked."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
 
 
 if __name__ == "__main__":

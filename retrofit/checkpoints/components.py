@@ -2,47 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
 from typing import Any
 
 from retrofit.checkpoints import Checkpoint
-from retrofit.checkpoints.fitting import describe_mismatch
 from retrofit.checkpoints.libraries import (
     class_of,
     dtype_argument,
     failing_as_checkpoint_error,
-    quiet_libraries,
     torch_dtype,
 )
+from retrofit.checkpoints.warned import collecting_warnings
 from retrofit.checkpoints.weights import Weights
-from retrofit.runtime.errors import CheckpointError, InputError
-
-
-@contextmanager
-def explaining_shapes(checkpoint: Checkpoint, weights: Mapping[str, Weights]) -> Iterator[None]:
-    """Say which tensor does not fit its config, where that is why a library can't load."""
-    try:
-        with failing_as_checkpoint_error(checkpoint):
-            yield
-    except CheckpointError as error:
-        for component, found in weights.items():
-            problem = None
-            with suppress(InputError):  # a network that can't be built is another problem
-                problem = describe_mismatch(_build_on_meta(checkpoint, component), found.files)
-            if problem is not None:
-                where = f"{checkpoint.name}: {component + '.' if component else ''}{problem}"
-                raise CheckpointError(
-                    f"{where}. They are of two models: fetch config and weights again, together."
-                ) from error
-        raise
-
-
-def _build_on_meta(checkpoint: Checkpoint, component: str) -> Any:
-    import torch
-
-    with torch.device("meta"):
-        return build_component(checkpoint, component, trust_remote_code=False)
+from retrofit.runtime.errors import CheckpointError
 
 
 def build_component(checkpoint: Checkpoint, component: str, trust_remote_code: bool) -> Any:
@@ -80,7 +51,7 @@ def load_component(
             config=checkpoint.config(component),
             dtype=None if dtype is None else as_dtype,
         )
-    with explaining_shapes(checkpoint, {component: weights}), quiet_libraries():
+    with failing_as_checkpoint_error(checkpoint), collecting_warnings():
         if checkpoint.file is not None:
             config = str(checkpoint.config_folder(component))
             single = {"config": config, dtype_argument(): as_dtype}

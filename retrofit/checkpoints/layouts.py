@@ -18,6 +18,15 @@ from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes, require
 from retrofit.runtime.schema import OTHER_KEYS, find_problems
 
 Layout = Literal["pipeline", "diffusers", "transformers", "retrofit", "single-file"]
+# what of a pipeline is no network
+WITHOUT_CONFIG = (
+    "Scheduler",
+    "Tokenizer",
+    "TokenizerFast",
+    "Processor",
+    "ProcessorFast",
+    "Extractor",
+)
 CONFIG_FOLDER = "config"  # configs of a single-file checkpoint, beside it once it is patched
 
 
@@ -163,6 +172,7 @@ def _pipeline(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
         for file in CONFIGS:
             if (folder / component / file).is_file():
                 read_config(folder / component / file)
+        _require_config(folder / component, str(entry[1]), name)
         if (folder / component / "config.json").is_file():
             classes[component] = (str(entry[0]), str(entry[1]))
     class_name = index.get("_class_name")
@@ -182,6 +192,20 @@ def _pipeline(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
         pipeline_class=class_name,
         manifest=manifest,
     )
+
+
+def _require_config(folder: Path, class_name: str, name: str) -> None:
+    """Check that the folder of a network has its config, and no folder is empty.
+
+    Raises:
+        CheckpointError: If it is.
+    """
+    needs_config = not class_name.endswith(WITHOUT_CONFIG)
+    if (needs_config and not (folder / "config.json").is_file()) or not any(folder.iterdir()):
+        raise CheckpointError(
+            f"{name}: model_index.json lists {folder.name}, but its folder has no "
+            f"{'config.json' if needs_config else 'files'}. Fetch the checkpoint again."
+        )
 
 
 def _component(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:

@@ -1,4 +1,4 @@
-"""What retrofit needs of the libraries that networks come from: classes, dtypes, silence."""
+"""What retrofit needs of the libraries that networks come from: classes, dtypes, errors."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ LIBRARY_ERRORS = (
     RuntimeError,
     ArithmeticError,
     AssertionError,
+    ImportError,
 )
 LIBRARIES = ("diffusers", "transformers", "retrofit")
 
@@ -77,27 +78,6 @@ def dtype_argument() -> str:
     from packaging.version import Version
 
     return "dtype" if Version(diffusers.__version__) >= Version("0.42") else "torch_dtype"
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Silence the progress bars and loading reports of diffusers and transformers."""
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    libraries: tuple[Any, ...] = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(library, library.get_verbosity()) for library in libraries]
-    bars = [library.is_progress_bar_enabled() for library in libraries]
-    for library in libraries:
-        library.set_verbosity_error()
-        library.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for (library, verbosity), bar in zip(before, bars, strict=True):
-            library.set_verbosity(verbosity)
-            if bar:
-                library.enable_progress_bar()
 
 
 @contextmanager

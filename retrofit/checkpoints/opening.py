@@ -5,18 +5,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from retrofit.checkpoints import Checkpoint
-from retrofit.checkpoints.components import build_component, explaining_shapes, load_component
+from retrofit.checkpoints import Checkpoint, read_json
+from retrofit.checkpoints.accounting import check_tensors
+from retrofit.checkpoints.components import build_component, load_component
 from retrofit.checkpoints.libraries import (
     LIBRARIES,
     conversion_command,
     dtype_argument,
-    quiet_libraries,
+    failing_as_checkpoint_error,
     torch_dtype,
 )
+from retrofit.checkpoints.quantization import require_packages
+from retrofit.checkpoints.warned import collecting_warnings
 from retrofit.checkpoints.weights import Weights, check_file, check_folder
 from retrofit.runtime.devices import on_accelerator
-from retrofit.runtime.errors import NotFoundError, UnsupportedError, suggest
+from retrofit.runtime.errors import CheckpointError, NotFoundError, UnsupportedError, suggest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -49,6 +52,7 @@ def check_weights(
     Raises:
         CheckpointError: If a shard is missing or corrupt, or there are only pickles.
     """
+    require_packages(checkpoint, checkpoint.classes if components is None else components)
     if checkpoint.file is not None:
         return dict.fromkeys(checkpoint.classes, check_file(checkpoint.file))
     found: dict[str, Weights] = {}
@@ -59,6 +63,58 @@ def check_weights(
             if library != "retrofit":
                 found[name].require_metadata()
     return found
+
+
+def account_for_weights(
+    checkpoint: Checkpoint,
+    components: Sequence[str] | None = None,
+    *,
+    trust_remote_code: bool = False,
+) -> dict[str, Weights]:
+    """`check_weights`, and where every tensor of the files goes.
+
+    Args:
+        checkpoint: Where to look.
+        components: Only these; None looks at every component, and at parts that are not there.
+        trust_remote_code: Whether code that comes with the checkpoint may run.
+
+    Returns:
+        The weights of each component.
+
+    Raises:
+        CheckpointError: As `check_weights`, and if tensors are missing, do not fit, or would be
+            left out although they change what a network computes. Others are named in a note.
+    """
+    weights = check_weights(checkpoint, components)
+    if components is None:
+        require_parts(checkpoint)
+    check_tensors(checkpoint, weights, trust_remote_code=trust_remote_code)
+    return weights
+
+
+def require_parts(checkpoint: Checkpoint) -> None:
+    """Check that the parts are there that a pipeline can't run without.
+
+    Raises:
+        CheckpointError: If `model_index.json` has none where its class asks for one.
+    """
+    if checkpoint.pipeline_class is None:
+        return
+    import diffusers
+
+    cls = getattr(diffusers, checkpoint.pipeline_class, None)
+    if cls is None:  # a class that comes with the checkpoint
+        return
+    index = read_json(checkpoint.configs / "model_index.json")
+    expected, _ = cls._get_signature_keys(cls)
+    needed = set(expected) - set(cls._optional_components)
+    absent = sorted(name for name in needed if not any(index.get(name) or ()))
+    if absent:
+        raise CheckpointError(
+            f"{checkpoint.name}: its model_index.json names no {' and no '.join(absent)}, and "
+            f"{checkpoint.pipeline_class} can't run without. Fetch the whole checkpoint, or give "
+            "the folder of one network."
+        )
 
 
 def dtype_to_run(
@@ -157,7 +213,7 @@ def load_networks(
         CheckpointError: If weights are missing or do not fit the config.
     """
     _refuse_remote_code(checkpoint, trust_remote_code)
-    weights = check_weights(checkpoint, components)
+    weights = account_for_weights(checkpoint, components, trust_remote_code=trust_remote_code)
     loaded = {
         name: load_component(checkpoint, name, weights[name], dtype, trust_remote_code).to(device)
         for name in components
@@ -193,9 +249,9 @@ def load_whole(
         )
     import diffusers
 
-    weights = check_weights(checkpoint)
+    weights = account_for_weights(checkpoint, trust_remote_code=trust_remote_code)
     dtypes = {name: torch_dtype(dtype or found.dtype) for name, found in weights.items()}
-    with explaining_shapes(checkpoint, weights), quiet_libraries():
+    with failing_as_checkpoint_error(checkpoint), collecting_warnings():
         if checkpoint.file is not None:
             pipeline_class = getattr(diffusers, str(checkpoint.pipeline_class))
             pipeline = pipeline_class.from_single_file(

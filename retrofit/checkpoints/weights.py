@@ -105,6 +105,12 @@ def check_folder(folder: Path, *, convert: str) -> Weights:
                 f"{folder}: expected safetensors, got only {', '.join(pickles[:3])}, and opening a "
                 f"pickle can run any code. If you trust it, convert it: {convert}"
             )
+        packed = sorted(folder.glob("*.gguf"))
+        if packed:
+            raise CheckpointError(
+                f"{folder}: expected safetensors, got only {packed[0].name}, and GGUF files aren't "
+                f"read. Write safetensors (needs `pip install gguf`): {_unpack_command(packed[0])}"
+            )
         raise CheckpointError(f"{folder}: has no weights. {AGAIN}")
     return _choose_variant(folder, headers, indices)
 
@@ -133,6 +139,17 @@ def refuse_pickle(file: Path) -> CheckpointError:
     )
 
 
+def _unpack_command(file: Path) -> str:
+    """The command that writes a GGUF file of a language model as a folder of safetensors."""
+    folder = shlex.quote(str(file.parent))
+    return (
+        'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
+        "m = M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2]); m.hf_quantizer = None; "
+        "vars(m.config).pop('quantization_config', None); m.save_pretrained(sys.argv[3])\" "
+        f"{folder} {shlex.quote(file.name)} {shlex.quote(str(file.parent) + '-safetensors')}"
+    )
+
+
 def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -> None:
     shards: dict[str, list[str]] = {}
     for tensor, shard in _read_index(index)["weight_map"].items():
@@ -149,6 +166,12 @@ def _check_index(index: Path, headers: Mapping[str, Mapping[str, TensorInfo]]) -
             raise CheckpointError(
                 f"{index.parent / shard}: expected {absent[0]} in it as {index.name} says, got a "
                 f"shard without {len(absent)} of its tensors. {AGAIN}"
+            )
+        unlisted = sorted(headers[shard].keys() - set(tensors))
+        if unlisted:
+            raise CheckpointError(
+                f"{index.parent / shard}: holds {len(unlisted)} tensors that {index.name} does not "
+                f"list for it, such as {unlisted[0]}, and loaders disagree about those. {AGAIN}"
             )
 
 

@@ -32,6 +32,7 @@ from retrofit.commands import (
 )
 from retrofit.commands.console import print_json, result, say
 from retrofit.commands.early import checked, methods_and_settings
+from retrofit.commands.notes import showing_notes
 from retrofit.runtime.errors import RetrofitError, StoppedError
 from retrofit.runtime.interrupts import raise_if_interrupted, watched
 from retrofit.runtime.machine import wait_passively
@@ -133,7 +134,7 @@ def run(arguments: list[str]) -> int:
     debug = "--debug" in arguments
     arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        with watched():
+        with watched(), showing_notes():
             code = _run_verb(arguments)
     except KeyboardInterrupt:
         code = INTERRUPTED

@@ -161,12 +161,12 @@ def _generate(
     as_json: bool,
 ) -> None:
     """Make the pictures, write each as soon as it is done, and say what they cost."""
-    from retrofit.checkpoints.libraries import quiet_libraries
+    from retrofit.checkpoints.warned import collecting_warnings
 
     done: list[tuple[Path, Picture]] = []
     say_expected_time(generator)
     try:
-        with quiet_libraries(), show_progress() as progress:
+        with collecting_warnings(), show_progress() as progress:
             progress("loading", 0, 1)
             opened = generator.open()
             say_notes(opened)

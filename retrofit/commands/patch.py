@@ -129,9 +129,9 @@ def run(
     if out is not None:
         refuse_target(plan, out, force=force)
     if not dry_run or plan.has_weights:
-        from retrofit.checkpoints.opening import check_weights
+        from retrofit.checkpoints.opening import account_for_weights
 
-        check_weights(plan.checkpoint)
+        account_for_weights(plan.checkpoint, trust_remote_code=trust_remote_code)
     if out is not None and not dry_run:
         if not no_proof:
             where = pick_device(device)

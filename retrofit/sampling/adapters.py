@@ -9,8 +9,8 @@ from typing import Any
 
 from retrofit.checkpoints import find_checkpoint
 from retrofit.checkpoints.hub import fetch
-from retrofit.checkpoints.libraries import quiet_libraries
 from retrofit.checkpoints.opening import load_networks
+from retrofit.checkpoints.warned import collecting_warnings
 from retrofit.checkpoints.weights import read_header
 from retrofit.runtime.errors import CheckpointError, InputError, UnsupportedError
 from retrofit.sampling.request import Request
@@ -19,6 +19,8 @@ from retrofit.sampling.request import Request
 LIBRARY_ERRORS = (ValueError, TypeError, KeyError, RuntimeError, OSError, ImportError)
 
 # how the two matrices of a layer are told apart, in peft's files, kohya's and diffusers' old ones
+LORA_TENSORS = (".alpha", ".weight")
+COMPONENTS = ("unet.", "transformer.", "text_encoder.", "text_encoder_2.", "text_encoder_3.")
 LORA_HALVES = (("lora_A", "lora_B"), ("lora_down", "lora_up"), (".down.", ".up."))
 
 
@@ -65,6 +67,7 @@ def add_loras(pipeline: Any, request: Request) -> None:
             )
         location = _file_or_hub(path, what)
         _require_lora(_read_names(location, what, fix), what, fix)
+        _refuse_unplaced(pipeline, _read_tensors(location), what)
         with _refusing(what, fix):
             pipeline.load_lora_weights(adapter_name=f"lora{i}", **location)
         listed = {name for names in pipeline.get_list_adapters().values() for name in names}
@@ -124,13 +127,14 @@ def add_ip_adapter(pipeline: Any, request: Request) -> None:
             f"image_encoder/ beside it has one. Put it there."
         )
     fix = "Give an IP-Adapter of the same architecture."
-    _read_names(location, what, fix)
+    names = _read_names(location, what, fix)
     with _refusing(what, fix):
         pipeline.load_ip_adapter(
             subfolder="",
             image_encoder_folder="image_encoder" if encoder.is_dir() else None,
             **location,
         )
+    _refuse_unplaced_layers(pipeline, names, what)
     if request.ip_scale is not None:
         pipeline.set_ip_adapter_scale(request.ip_scale)
 
@@ -168,6 +172,73 @@ def _require_lora(names: list[str], what: str, fix: str) -> None:
             )
 
 
+def _read_tensors(location: dict[str, Any]) -> dict[str, Any]:
+    from safetensors.torch import load_file
+
+    folder = Path(location["pretrained_model_name_or_path_or_dict"])
+    return load_file(folder / location["weight_name"])
+
+
+def _refuse_unplaced(pipeline: Any, tensors: dict[str, Any], what: str) -> None:
+    """Refuse a LoRA of which the library's conversion leaves tensors out.
+
+    Raises:
+        InputError: With their names.
+    """
+    from retrofit.checkpoints.tracing import sources_of, trace
+
+    traced, read = trace(tensors)
+    options = {"unet_config": pipeline.unet.config} if hasattr(pipeline, "unet") else {}
+    try:
+        with collecting_warnings():
+            converted, *_ = pipeline.lora_state_dict(traced, return_lora_metadata=True, **options)
+    except (*LIBRARY_ERRORS, CheckpointError) as error:
+        left = [name for name in tensors if not name.endswith(LORA_TENSORS)]
+        _refuse_left_out(left, what, cause=error)
+        raise InputError(
+            f"{what}: does not fit this checkpoint ({first_line(error)}). Give a LoRA in "
+            "safetensors, trained on the same architecture."
+        ) from error
+    loadable = tuple(f"{part}." for part in pipeline._lora_loadable_modules)
+    placed = set(read)
+    for name, tensor in converted.items():
+        # diffusers takes names without a component for those of the denoising network
+        if name.startswith(loadable) or not name.startswith(COMPONENTS):
+            placed |= sources_of(tensor)
+    _refuse_left_out([name for name in tensors if name not in placed], what)
+
+
+def _refuse_left_out(left: list[str], what: str, *, cause: Exception | None = None) -> None:
+    if left:
+        raise InputError(
+            f"{what}: {len(left)} of its tensors have no place in this checkpoint "
+            f"({', '.join(sorted(left)[:3])}): without them it would not be the LoRA that was "
+            "trained. Give one for this model in plain low-rank form, as peft saves it."
+        ) from cause
+
+
+def _refuse_unplaced_layers(pipeline: Any, names: list[str], what: str) -> None:
+    """Refuse an IP-Adapter with layers that this UNet does not have, or with other tensors.
+
+    Raises:
+        InputError: With their names.
+    """
+    processors = pipeline.unet.attn_processors.values()
+    count = sum(hasattr(processor, "to_k_ip") for processor in processors)
+    numbers = {str(2 * i + 1) for i in range(count)}
+    left = [
+        name
+        for name in names
+        if not name.startswith("image_proj.")
+        and not (name.startswith("ip_adapter.") and name.split(".")[1] in numbers)
+    ]
+    if left:
+        raise InputError(
+            f"{what}: {len(left)} of its tensors have no place in this checkpoint "
+            f"({', '.join(sorted(left)[:3])}). Give an IP-Adapter of the same architecture."
+        )
+
+
 def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, (list, tuple)) else value
 
@@ -180,9 +251,9 @@ def _name_of(dtype: Any) -> str:
 def _refusing(what: str, fix: str) -> Iterator[None]:
     """What a library says of weights that don't fit, as one line."""
     try:
-        with quiet_libraries():
+        with collecting_warnings():
             yield
-    except LIBRARY_ERRORS as error:
+    except (*LIBRARY_ERRORS, CheckpointError) as error:
         raise InputError(
             f"{what}: does not fit this checkpoint ({first_line(error)}). {fix}"
         ) from error

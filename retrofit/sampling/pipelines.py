@@ -11,8 +11,8 @@ from typing import Any
 from retrofit.artifact.loading import load, patch_of
 from retrofit.checkpoints import Checkpoint
 from retrofit.checkpoints.fingerprint import sample_file
-from retrofit.checkpoints.libraries import quiet_libraries
 from retrofit.checkpoints.opening import build_networks, dtype_to_run, load_whole
+from retrofit.checkpoints.warned import collecting_warnings
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe
 from retrofit.runtime.devices import on_accelerator, pick_device
@@ -189,7 +189,7 @@ def _for_task(pipeline: Any, request: Request, checkpoint: Checkpoint, dtype: st
     else:
         return pipeline
     try:
-        with quiet_libraries():
+        with collecting_warnings():
             return auto.from_pipe(pipeline, **extra)
     except LIBRARY_ERRORS as error:
         asked = "--controlnet" if extra else "--mask" if request.mask else "--image"

@@ -37,6 +37,7 @@ class PictureRecord(TypedDict, total=False):
     place: Annotated[int, Within(0, MOST_PICTURES)]
     request: Mapping[str, Any]
     versions: Mapping[str, str]
+    unread: Mapping[str, str]
 
 
 def name_outputs(out: Path, count: int) -> list[Path]:

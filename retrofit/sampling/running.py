@@ -20,6 +20,7 @@ from retrofit.runtime.timing import timed
 from retrofit.runtime.versions import current_versions
 from retrofit.sampling.advice import enlarging_methods
 from retrofit.sampling.png import write_png
+from retrofit.sampling.unread import find_unread, note_unread
 from retrofit.sampling.watching import DTYPES, Watch
 
 if TYPE_CHECKING:
@@ -89,6 +90,9 @@ def run_batch(
         progress(name, 0, watch.num_steps)
     with explaining_out_of_memory(request, pipeline), watch:
         output, seconds = timed(lambda: pipeline(**arguments))
+    unread = [find_unread(pipeline, request, i) for i in range(len(request.prompts))]
+    for words in unread:
+        note_unread(words)
     images = [_to_image(pixels, output, i, request) for i, pixels in enumerate(output.images)]
     return [
         Picture(
@@ -102,6 +106,7 @@ def run_batch(
                 "place": i,
                 "model": {"fingerprint": opened.fingerprint},
                 "versions": current_versions(),
+                **({"unread": unread[i]} if unread[i] else {}),
             },
         )
         for i, image in enumerate(images)
