@@ -126,7 +126,7 @@ def run(
 
 def _print(plan: Plan, network: NetworkPlan) -> None:
     from retrofit.families import FAMILIES
-    from retrofit.profiling.cost.network_plan import kept_words, verdict
+    from retrofit.profiling.cost.network_plan import exact_words, kept_words, verdict
 
     machine = _machine(plan)
     print_lines(
@@ -135,24 +135,29 @@ def _print(plan: Plan, network: NetworkPlan) -> None:
         + (f", mean of {plan.steps} steps" if plan.steps > 1 else ""),
         "",
     )
-    columns = network.dense, network.patched
+    columns = {"dense": network.dense, plan.recipe.methods: network.patched}
+    if network.exact is not None:
+        columns["exact"] = network.exact
     rows = [
-        (KIND_NAMES[kind], *(_seconds(cost.seconds[kind]) for cost in columns))
+        (KIND_NAMES[kind], *(_seconds(cost.seconds[kind]) for cost in columns.values()))
         for kind in KIND_NAMES
-        if any(cost.seconds[kind] for cost in columns)
+        if any(cost.seconds[kind] for cost in columns.values())
     ]
     rows += [
-        ("predicted time", *(_seconds(cost.total) for cost in columns)),
-        ("peak memory", *(format_bytes(cost.peak_bytes) for cost in columns)),
-        ("  weights", *(format_bytes(cost.weight_bytes) for cost in columns)),
-        ("  in a call", *(format_bytes(cost.call_bytes) for cost in columns)),
-        ("work", *(f"{cost.flops / 1e12:.3g} TFLOP" for cost in columns)),
+        ("predicted time", *(_seconds(cost.total) for cost in columns.values())),
+        ("peak memory", *(format_bytes(cost.peak_bytes) for cost in columns.values())),
+        ("  weights", *(format_bytes(cost.weight_bytes) for cost in columns.values())),
+        ("  in a call", *(format_bytes(cost.call_bytes) for cost in columns.values())),
+        ("work", *(f"{cost.flops / 1e12:.3g} TFLOP" for cost in columns.values())),
     ]
-    print_table(("", "dense", plan.recipe.methods), rows)
+    print_table(("", *columns), rows)
     for tokens, speed in sorted({**network.elsewhere, network.tokens: network.speed}.items()):
         here = "  (the size asked for)" if tokens == network.tokens else ""
         print_lines(f"at {tokens:>8} tokens: {speed:5.2f}x{here}")
-    print_lines("", verdict(network, plan.recipe.method, is_busy=plan.rates.is_busy))
+    is_busy = plan.rates.is_busy
+    print_lines("", verdict(network, plan.recipe.method, is_busy=is_busy))
+    if words := exact_words(network, plan.recipe.method, is_busy=is_busy):
+        print_lines(words)
     if words := kept_words(network):
         print_lines(words)
     if behind := FAMILIES[network.family].behind:
@@ -219,7 +224,9 @@ def _network_json(plan: Plan, network: NetworkPlan) -> dict[str, Any]:
         "tokens": network.tokens,
         "dense": _cost_json(network.dense),
         "patched": _cost_json(network.patched),
+        "exact": network.exact and _cost_json(network.exact),
         "speed": network.speed,
+        "exact_speed": network.exact_speed,
         "attention_share": network.attention_share,
         "limit": network.limit,
         "speed_by_tokens": {str(n): speed for n, speed in sorted(network.elsewhere.items())},

@@ -54,9 +54,10 @@ class ExactConfig(Method):
     def pattern(
         self, site: AttentionSite, layout: TokenGrid, call: AttentionCall, state: RunState
     ) -> Pattern:
-        """Everything, where a kernel of ours is faster."""
+        """Everything, where a kernel of ours is faster; on meta as where tensors would go."""
         device = call.query.device.type
-        is_ours = self.on_gpu if device != "cpu" else _has_native(str(call.query.dtype))
+        on_cpu = device == "cpu" or (device == "meta" and not torch.accelerator.is_available())
+        is_ours = _has_native(str(call.query.dtype)) if on_cpu else self.on_gpu
         if call.query.shape[2] < self.min_tokens or not is_ours:
             return Dense(layout)
         return Everything(layout=layout)

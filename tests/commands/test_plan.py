@@ -11,11 +11,19 @@ from retrofit.checkpoints import find_checkpoint
 from retrofit.checkpoints.opening import build_networks, load_networks
 from retrofit.families.examples import InputSize
 from retrofit.kernels import block_sparse_attention, neighborhood_attention, window_attention
+from retrofit.kernels.block_sparse.native import native_supports
 from retrofit.methods import METHODS
 from retrofit.profiling.cost import sizes
 from retrofit.profiling.cost.dtypes import set_dtype
 from retrofit.profiling.cost.examples import Pool, cut
-from retrofit.profiling.cost.network_plan import KINDS, Cost, NetworkPlan, cost_of, verdict
+from retrofit.profiling.cost.network_plan import (
+    KINDS,
+    Cost,
+    NetworkPlan,
+    cost_of,
+    exact_words,
+    verdict,
+)
 from retrofit.profiling.cost.plan import Request, plan_checkpoint
 from retrofit.profiling.cost.python_cost import PythonCost
 from retrofit.profiling.cost.rates import Rates, measure_rates
@@ -31,10 +39,10 @@ def seconds(**more):
     return {**dict.fromkeys(KINDS, 0.0), **more}
 
 
-def network_plan(dense, patched, elsewhere=None):
+def network_plan(dense, patched, elsewhere=None, exact=None):
     costs = [
-        Cost(seconds=seconds(**c), flops=1.0, weight_bytes=1.0, call_bytes=1.0)
-        for c in (dense, patched)
+        c and Cost(seconds=seconds(**c), flops=1.0, weight_bytes=1.0, call_bytes=1.0)
+        for c in (dense, patched, exact)
     ]
     return NetworkPlan(
         name="",
@@ -44,6 +52,7 @@ def network_plan(dense, patched, elsewhere=None):
         dense=costs[0],
         patched=costs[1],
         elsewhere=elsewhere or {},
+        exact=costs[2],
     )
 
 
@@ -292,6 +301,29 @@ def test_the_verdict_is_in_plain_words(dense, patched, elsewhere, words):
     assert all(word in verdict(plan, METHODS["window"]()) for word in words)
 
 
+@pytest.mark.parametrize(
+    ("method", "patched", "exact", "words"),
+    [
+        ("window", 0.1, 0.5, "exact alone, which leaves nothing out, gives 1.33x of that."),
+        ("window", 0.5, 0.5, "gives 1.33x: take --method exact."),
+        ("window", 3.0, 0.5, "gives 1.33x: take --method exact."),
+        ("window", 0.1, 0.95, ""),
+        ("window", 0.1, None, ""),
+        ("exact", 0.5, 0.5, ""),
+    ],
+)
+def test_how_much_of_the_gain_is_exact_is_said(method, patched, exact, words):
+    plan = network_plan(
+        {"attention": 1.0, "product": 1.0},
+        {"sparse": patched, "product": 1.0},
+        exact=exact and {"sparse": exact, "product": 1.0},
+    )
+    said = exact_words(plan, METHODS[method]())
+    assert said.endswith(words)
+    assert bool(said) == bool(words)
+    assert not exact_words(plan, METHODS[method](), is_busy=True)
+
+
 def test_a_patch_that_changes_nothing_is_named(run_command, encoder):
     options = ("-m", "window", "--tokens", 32, "--set", "window_size=32")
     answer = run_command("plan", encoder, *options)
@@ -316,6 +348,14 @@ def test_the_command_prints_json(run_command, encoder):
     speed = network["dense"]["seconds"] / network["patched"]["seconds"]
     assert network["speed"] == pytest.approx(speed)
     assert network["verdict"]
+    if native_supports("cpu", torch.float32, 16)[0]:
+        exact = network["exact"]
+        assert exact["parts"]["sparse"] > 0 == exact["parts"]["attention"]
+        assert network["exact_speed"] == pytest.approx(
+            network["dense"]["seconds"] / exact["seconds"]
+        )
+    else:
+        assert network["exact"] is None
 
 
 def test_what_follows_the_network_is_named(run_command):

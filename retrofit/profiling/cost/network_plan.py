@@ -65,6 +65,7 @@ class NetworkPlan:
         elsewhere: Predicted speed at other sizes, by tokens of the largest attention call.
         kept: Query-key pairs at the patched sites, None where none is patched.
         is_idle: Whether the patch changes nothing at this size.
+        exact: Cost of a call patched with `exact` instead; None where that changes nothing.
     """
 
     name: str
@@ -77,6 +78,12 @@ class NetworkPlan:
     kept: Kept | None = None
     is_idle: bool = False
     latent_scale: tuple[int, int] = (1, 1)
+    exact: Cost | None = None
+
+    @property
+    def exact_speed(self) -> float:
+        """Dense time over that of `exact`; 1 where that changes nothing."""
+        return 1.0 if self.exact is None else self.dense.total / self.exact.total
 
     @property
     def speed(self) -> float:
@@ -173,6 +180,15 @@ def verdict(plan: NetworkPlan, method: Method, *, is_busy: bool = False) -> str:
             f"{limit}"
         )
     return f"{said}. {_break_even_words(plan)}"
+
+
+def exact_words(plan: NetworkPlan, method: Method, *, is_busy: bool = False) -> str:
+    """How much of a gain needs nothing left out; empty where `exact` makes little difference."""
+    if method.is_exact or is_busy or plan.exact_speed < HELPS:
+        return ""
+    said = f"exact alone, which leaves nothing out, gives {plan.exact_speed:.2f}x"
+    is_enough = plan.is_idle or plan.speed <= plan.exact_speed * HELPS
+    return f"{said}: take --method exact." if is_enough else f"{said} of that."
 
 
 def kept_words(plan: NetworkPlan) -> str:

@@ -176,6 +176,7 @@ def _plan(
         tokens=here.tokens,
         dense=cost_of([(here.dense, 1)], rates),
         patched=cost_of(here.patched, rates),
+        exact=None if here.exact is None else cost_of([(here.exact, 1)], rates),
         kept=kept_by(here.patched),
         is_idle=here.is_idle,
         elsewhere={

@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from retrofit.families.examples import InputSize
+from retrofit.methods.exact import ExactConfig
 from retrofit.patching.networks import FoundNetwork
 from retrofit.patching.patch import Patch, patch
 from retrofit.profiling.cost.kept import PairsObserver
 from retrofit.profiling.cost.trace import Trace, tracing
 from retrofit.profiling.inspection import NetworkReport
+from retrofit.runtime.devices import on_accelerator
 from retrofit.runtime.errors import InputError, RetrofitError
 
 if TYPE_CHECKING:
@@ -37,24 +39,29 @@ class AtSize:
         dense: One call.
         patched: The different calls of a run, each with how many steps it stands for.
         is_idle: Whether all of these do just what the dense call does.
+        exact: One call patched with `exact` instead; None where that changes nothing.
     """
 
     tokens: int
     dense: Trace
     patched: list[tuple[Trace, int]]
     is_idle: bool
+    exact: Trace | None = None
 
     @property
     def traces(self) -> list[Trace]:
         """All of them."""
-        return [self.dense, *(trace for trace, _ in self.patched)]
+        exact = [] if self.exact is None else [self.exact]
+        return [self.dense, *exact, *(trace for trace, _ in self.patched)]
 
 
 def trace_sizes(
     target: Any, network: FoundNetwork, report: NetworkReport, request: Request
 ) -> list[AtSize]:
     """The size asked for, then others that the network takes."""
-    found = {report.size: _trace_size(target, network, report.size, request)}
+    here = _trace_size(target, network, report.size, request)
+    exact = _trace_exact(target, network, report.size, request)
+    found = {report.size: replace(here, exact=exact)}
     for candidates in _other_sizes(report.size):
         for size in candidates:
             if size in found:
@@ -89,12 +96,7 @@ def _rounded(length: float, like: int, largest: int) -> int:
 
 
 def _trace_size(target: Any, network: FoundNetwork, size: InputSize, request: Request) -> AtSize:
-    examples = network.family.inputs
-    if examples is None:
-        raise InputError(f"{network.where('')}: family {network.family.name} has no inputs.")
-    drawn = examples.shapes(network.module, size)
-    dtype = getattr(torch, request.dtype or "float32")
-    inputs = {name: _on_meta(value, dtype) for name, value in drawn.items()}
+    inputs = _inputs(network, size, request)
     with tracing(network.module) as dense:
         network.module(**inputs)
     with patch(
@@ -108,6 +110,29 @@ def _trace_size(target: Any, network: FoundNetwork, size: InputSize, request: Re
         patched = _trace_steps(network, handle, inputs, steps)
     is_idle = not handle.state.acted and not any(trace.is_changed for trace, _ in patched)
     return AtSize(tokens=dense.tokens, dense=dense, patched=patched, is_idle=is_idle)
+
+
+def _trace_exact(
+    target: Any, network: FoundNetwork, size: InputSize, request: Request
+) -> Trace | None:
+    """A call with `exact` at every site: how much is to be had without leaving anything out."""
+    if on_accelerator(request.device):
+        return None
+    with patch(target, ExactConfig(), components=request.components) as handle:
+        if network.family.denoises:
+            handle.at_step(0, request.steps)
+        with tracing(network.module) as trace, handle.observe(PairsObserver(trace)):
+            network.module(**_inputs(network, size, request))
+    return trace if trace.is_changed else None
+
+
+def _inputs(network: FoundNetwork, size: InputSize, request: Request) -> dict[str, Any]:
+    examples = network.family.inputs
+    if examples is None:
+        raise InputError(f"{network.where('')}: family {network.family.name} has no inputs.")
+    dtype = getattr(torch, request.dtype or "float32")
+    drawn = examples.shapes(network.module, size)
+    return {name: _on_meta(value, dtype) for name, value in drawn.items()}
 
 
 def _trace_steps(
