@@ -15,7 +15,7 @@ from retrofit.patching.control import Switched
 from retrofit.patching.guard import GuardRoot
 from retrofit.patching.handlers import ReadGrid, SizeScope
 from retrofit.patching.networks import FoundNetwork, module_of
-from retrofit.patching.recipe import Rule
+from retrofit.patching.recipe import Recipe, Rule
 from retrofit.patching.schedulers import ScheduledState
 from retrofit.patching.selection import TakenSite, refuse_nested, refuse_patched
 from retrofit.patching.sites import AttendAtSite, SiteRule
@@ -42,14 +42,7 @@ def install_network(
     sites = [
         AttendAtSite(
             found.site,
-            [
-                SiteRule(
-                    method=rule.method,
-                    heads=rule.heads or None,
-                    switch=_switch(recipe.rules.index(rule)) if rule.steps else "",
-                )
-                for rule in found.rules
-            ],
+            _site_rules(found, recipe),
             state,
             None if found.site.layout is None else scopes[found.site.layout],
             network.where(found.site.path),
@@ -77,17 +70,35 @@ def install_network(
         _register_learned(module, handler, description)
         handle.install(module, handler, handler.where)
         handle.sites[handler.where] = handler
+    _schedule(state, recipe, description, taken)
+    if hasattr(type(network.module), "cache_context"):
+        watched = functools.partial(_watched_context, network.module, state)
+        network.module.cache_context = watched  # type: ignore[assignment]
+        handle.contexts.append(network.module)
+    handle.networks.append((network, description))
+
+
+def _site_rules(found: TakenSite, recipe: Recipe) -> list[SiteRule]:
+    return [
+        SiteRule(
+            method=rule.method,
+            heads=rule.heads or None,
+            switch=_switch(recipe.rules.index(rule)) if rule.steps else "",
+        )
+        for rule in found.rules
+    ]
+
+
+def _schedule(
+    state: RunState, recipe: Recipe, description: Network, taken: Sequence[TakenSite]
+) -> None:
+    """Let every rule follow the steps of a run."""
     for i, rule in enumerate(recipe.rules):
         own = [found.site for found in taken if rule in found.rules]
         schedule = functools.partial(rule.method.schedule, network=description, sites=own)
         state.schedules.append(schedule)
         if rule.steps:
             state.schedules.append(functools.partial(_follow_steps, rule, _switch(i)))
-    if hasattr(type(network.module), "cache_context"):
-        watched = functools.partial(_watched_context, network.module, state)
-        network.module.cache_context = watched  # type: ignore[assignment]
-        handle.contexts.append(network.module)
-    handle.networks.append((network, description))
 
 
 def _switch(rule: int) -> str:

@@ -142,16 +142,8 @@ class AttendAtSite:
         if is_other or call.query_offset or not rules:
             if not torch.compiler.is_compiling():
                 self.counts.dense += 1
-            return scaled_dot_product_attention(
-                query,
-                key,
-                value,
-                attn_mask,
-                dropout_p,
-                is_causal,
-                scale=scale,
-                enable_gqa=enable_gqa,
-            )
+            same = query, key, value, attn_mask, dropout_p, is_causal
+            return scaled_dot_product_attention(*same, scale=scale, enable_gqa=enable_gqa)
         if dropout_p:
             raise UnsupportedError(
                 f"{self.where}: expected no attention dropout, got {dropout_p}. Call "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,12 +12,11 @@ from typing import Annotated, Any, Literal
 
 from retrofit.checkpoints.record_types import SavedRecipe
 from retrofit.runtime.errors import ConfigError, InputError, NotFoundError
-from retrofit.runtime.machine import MAX_THREADS
 from retrofit.runtime.reading import PICTURE_BYTES, read_bytes
 from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within, find_problems
+from retrofit.sampling.request_rules import rules_of
 
 Offload = Literal["none", "model", "sequential"]
-SEED_LIMIT = 2**63
 MOST_PICTURES = 10_000
 MOST_PIXELS = 65_536  # of a side
 MOST_STEPS = 10_000
@@ -155,7 +153,7 @@ class Request:
 
     def find_mistakes(self) -> list[str]:
         """Every mistake that shows without the checkpoint."""
-        return [text for is_wrong, text in _rules(self) if is_wrong]
+        return [text for is_wrong, text in rules_of(self) if is_wrong]
 
     def only(self, places: Sequence[int]) -> Request:
         """The same for some of the pictures."""
@@ -234,79 +232,3 @@ def _as_values(data: Mapping[str, Any]) -> dict[str, Any]:
         values[key] = tuple(values.get(key, ()))
     values["loras"] = tuple((path, weight) for path, weight in values.get("loras", ()))
     return values
-
-
-def _rules(request: Request) -> list[tuple[bool, str]]:
-    """Every mistake that can be made, and what to say of it."""
-    return [
-        (
-            not request.prompts or any(not prompt.strip() for prompt in request.prompts),
-            "--prompt: expected a text. Say what to draw.",
-        ),
-        (
-            len(request.prompts) != len(request.seeds),
-            f"expected a seed for each of {len(request.prompts)} prompts, "
-            f"got {len(request.seeds)}.",
-        ),
-        (
-            request.steps is not None and request.steps < 1,
-            f"--steps: expected 1 or more, got {request.steps}.",
-        ),
-        (
-            request.guidance is not None and not 0 <= request.guidance < math.inf,
-            f"--guidance: expected a number, 0 or more, got {request.guidance}; 0 or 1 is none.",
-        ),
-        (
-            any(not 0 <= seed < SEED_LIMIT for seed in request.seeds),
-            f"--seed: expected 0 or more, below {SEED_LIMIT}, "
-            f"got {', '.join(map(str, request.seeds))}.",
-        ),
-        (
-            request.mask is not None and request.image is None,
-            "--mask: needs --image, the picture to paint in.",
-        ),
-        (
-            request.strength is not None and request.image is None,
-            "--strength: needs --image, the picture to start from.",
-        ),
-        (
-            request.strength is not None and not 0 < request.strength <= 1,
-            f"--strength: expected more than 0 and at most 1, got {request.strength}.",
-        ),
-        (
-            request.eta is not None and not 0 <= request.eta <= 1,
-            f"--eta: expected 0 to 1, got {request.eta}.",
-        ),
-        *(
-            (
-                value is not None and not math.isfinite(value),
-                f"{option}: expected a finite number, got {value}.",
-            )
-            for option, value in _weights(request)
-        ),
-        (
-            request.threads is not None and not 1 <= request.threads <= MAX_THREADS,
-            f"--threads: expected 1 to {MAX_THREADS}, got {request.threads}.",
-        ),
-        (
-            (request.controlnet is None) != (request.control_image is None),
-            "--controlnet and --control-image: expected both or neither.",
-        ),
-        (
-            (request.ip_adapter is None) != (request.ip_image is None),
-            "--ip-adapter and --ip-image: expected both or neither.",
-        ),
-        (
-            request.offload not in ("none", "model", "sequential"),
-            f"--offload: expected none, model or sequential, got {request.offload!r}.",
-        ),
-    ]
-
-
-def _weights(request: Request) -> list[tuple[str, float | None]]:
-    """The weights of what is added to the model, with their options."""
-    return [
-        ("--control-scale", request.control_scale),
-        ("--ip-scale", request.ip_scale),
-        *((f"--lora {path}", weight) for path, weight in request.loras),
-    ]
