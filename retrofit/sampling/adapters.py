@@ -213,7 +213,8 @@ def _refuse_left_out(left: list[str], what: str, *, cause: Exception | None = No
         raise InputError(
             f"{what}: {len(left)} of its tensors have no place in this checkpoint "
             f"({', '.join(sorted(left)[:3])}): without them it would not be the LoRA that was "
-            "trained. Give one for this model in plain low-rank form, as peft saves it."
+            "trained. Give one in plain low-rank form, as peft saves it, trained on the same "
+            "architecture."
         ) from cause
 
 
