@@ -15,7 +15,8 @@ from retrofit.patching.control import Switched
 from retrofit.patching.guard import GuardRoot
 from retrofit.patching.handlers import ReadGrid, SizeScope
 from retrofit.patching.networks import FoundNetwork, module_of
-from retrofit.patching.recipe import Recipe, Rule
+from retrofit.patching.recipe import Recipe
+from retrofit.patching.rule import Rule
 from retrofit.patching.schedulers import ScheduledState
 from retrofit.patching.selection import TakenSite, refuse_nested, refuse_patched
 from retrofit.patching.sites import AttendAtSite, SiteRule

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 from retrofit.layout.sites import AttentionSite, Network
 from retrofit.patching.networks import FoundNetwork
-from retrofit.patching.recipe import Recipe, Rule
+from retrofit.patching.recipe import Recipe
+from retrofit.patching.rule import Rule
 from retrofit.runtime.errors import (
     AlreadyPatchedError,
     ConfigError,

@@ -18,7 +18,8 @@ from retrofit.checkpoints.fingerprint import LEARNED
 from retrofit.checkpoints.manifest import MANIFEST
 from retrofit.methods.seer import SeerConfig
 from retrofit.methods.window import WindowConfig
-from retrofit.patching.recipe import Recipe, Rule
+from retrofit.patching.recipe import Recipe
+from retrofit.patching.rule import Rule
 from retrofit.runtime.errors import ConfigError, VerificationError
 from tests.tiny_models import make_text_inputs
 

@@ -8,7 +8,8 @@ import torch
 import retrofit
 from retrofit.methods.block_sparse import BlockSparseConfig
 from retrofit.methods.window import WindowConfig
-from retrofit.patching.recipe import Recipe, Rule, method_names
+from retrofit.patching.recipe import Recipe, method_names
+from retrofit.patching.rule import Rule
 from retrofit.runtime.errors import ConfigError, NotFoundError, RetrofitError
 from tests.tiny_models import make_bert, make_sd15_unet, make_text_inputs, make_unet_inputs
 
