@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import flex_attention
 from benchmarks import (
     block_sparse,
     common,
+    exact,
     flex,
     mask_cost,
     methods,
@@ -163,6 +164,17 @@ def test_the_choice_of_blocks_has_a_share(capsys):
     (line,) = lines_of(capsys)
     assert 0 < line["share"]["select_blocks"]["median"] < 1
     assert set(line["seconds"]) == {"select_blocks", "topk", "attend"}
+
+
+def test_exact_is_timed_beside_dense(capsys):
+    small = ["--seq", "65", "--heads", "2", "--rounds", "2", "--mask", "none,causal,padded"]
+    assert exact.main([*small, "--json"]) == 0
+    lines = lines_of(capsys)
+    assert [line["mask"] for line in lines] == 2 * ["none", "causal", "padded"]
+    for line in lines:
+        assert set(line["seconds"]) == {"dense", "exact"}
+        assert line["errors"]["exact"] < 2e-2
+        assert line["speed"]["min"] > 0
 
 
 def tiny_preset():
