@@ -1,7 +1,7 @@
 """Collect what the libraries warn of, instead of showing it as it comes or losing it.
 
 A message that is known is dropped where retrofit says the same itself, or refused. Every other one
-goes to the logger `retrofit.libraries`, whose lines the command line shows once, at the end.
+goes to the logger "retrofit.libraries", whose lines the command line shows once, at the end.
 """
 
 from __future__ import annotations

@@ -36,11 +36,13 @@ def test_yaml_that_grows_is_refused(text, where, refused, encoder, tmp_path):
     file = tmp_path / "recipe.yaml"
     file.write_text("method: block-sparse\n" + text)
     words = (
-        ("--recipe", file) if where == "recipe" else ("--method", "window", "--set", f"x={text}")
+        ("--recipe", file) if where == "recipe" else ("--method", "window", "--set", f"keep={text}")
     )
     line = refused("patch", encoder, *words, "-o", tmp_path / "out")
     said = (
-        ("no aliases, got", "no merges, got") if where == "recipe" else ("--set x=a0", "a number")
+        ("no aliases, got", "no merges, got")
+        if where == "recipe"
+        else ("--set keep=a0", "a number")
     )
     assert any(words in line for words in said)
 

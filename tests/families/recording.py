@@ -18,6 +18,12 @@ from retrofit.methods.run_state import RunState
 from retrofit.patterns import AttentionCall, Dense, Pattern
 
 
+def row_lengths(inputs: dict[str, Any]) -> set[int]:
+    """Lengths of the rows of a padded batch, each of which is attended to by itself."""
+    mask = inputs.get("attention_mask")
+    return set() if mask is None else set(mask.sum(1).tolist())
+
+
 @dataclass(frozen=True)
 class Call:
     """One attention call of an unpatched model."""

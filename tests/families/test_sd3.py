@@ -127,7 +127,7 @@ def test_xformers_is_refused_with_its_own_fix():
     model = make_sd3()
     model.transformer_blocks[1].attn.processor = XFormersJointAttnProcessor()
     assert list(describe(model).unreachable) == ["transformer_blocks.1.attn"]
-    with pytest.raises(UnsupportedError, match="disable_xformers_memory_efficient_attention"):
+    with pytest.raises(UnsupportedError, match=r"set_attn_processor\(JointAttnProcessor2_0"):
         retrofit.patch(model, DenseConfig())
     model.set_attn_processor(JointAttnProcessor2_0())
     assert not describe(model).unreachable

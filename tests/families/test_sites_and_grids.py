@@ -13,7 +13,7 @@ from retrofit.families import FAMILIES
 from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import LayoutReader
 from retrofit.runtime.errors import GridError
-from tests.families.recording import DenseConfig, Recorder, clear_notes, describe
+from tests.families.recording import DenseConfig, Recorder, clear_notes, describe, row_lengths
 from tests.tiny_models import FAMILY_MODELS, make_picture_inputs, make_vit
 
 # what one forward must see at each site when `odd`; UNets are compared level by level below
@@ -89,12 +89,19 @@ def test_grid_is_that_of_the_tokens_at_an_odd_size_and_batch(name):
     model = FAMILY_MODELS[name]
     network = model.make_model()
     clear_notes()
+    inputs = model.make_inputs(batch=2, odd=True)
     with retrofit.patch(network, DenseConfig()):
-        model.call(network, model.make_inputs(batch=2, odd=True))
+        model.call(network, inputs)
     own = [(site.kind, grid) for site, grid in DenseConfig.grids if site.kind != "cross"]
     by_kind = PICTURE_ALONE.get(name, {})
-    assert all(grid == by_kind.get(kind, ODD_GRIDS[name]) for kind, grid in own)
-    assert len(own) == sum(site.kind != "cross" for site in describe(network).sites)
+    lengths = row_lengths(inputs)
+    expected = {TokenGrid(width=n) for n in lengths} or {
+        by_kind.get(k, ODD_GRIDS[name]) for k, _ in own
+    }
+    assert {grid for _, grid in own} == expected
+    assert all(lengths or grid == by_kind.get(kind, ODD_GRIDS[name]) for kind, grid in own)
+    sites = sum(site.kind != "cross" for site in describe(network).sites)
+    assert len(own) == sites * max(1, len(lengths))
 
 
 @pytest.mark.parametrize("name", UNETS)
