@@ -32,7 +32,7 @@ class ExactConfig(Method):
     name: ClassVar[str] = "exact"
     summary: ClassVar[str] = "the dense model's own attention by faster kernels, nothing left out"
     paper: ClassVar[str] = "https://arxiv.org/abs/2205.14135"
-    helps: ClassVar[str] = "on a CPU from a few hundred tokens on, in bfloat16 the most"
+    helps: ClassVar[str] = "on a CPU from 128 tokens on, in bfloat16 the most"
     idle: ClassVar[str] = (
         "PyTorch's attention is as fast for so few tokens, or no kernel is at hand"
     )
@@ -40,7 +40,7 @@ class ExactConfig(Method):
     is_exact: ClassVar[bool] = True
     lossy: ClassVar[str] = "not lossy: the output is the dense model's within float rounding"
 
-    min_tokens: int = 256
+    min_tokens: int = 128
     on_gpu: bool = False
 
     def problems(self) -> list[str]:
