@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -146,6 +146,23 @@ def _set_threads(text: str) -> int | None:
         raise WrongOptionError(f"--threads {text}: expected a number or all.")
     torch.set_num_threads(int(text))
     return None
+
+
+def report(
+    lines: Iterable[dict[str, Any]],
+    machine: Machine,
+    as_text: Callable[[dict[str, Any]], str] | None,
+) -> int:
+    """Print lines as they come, as JSON without `as_text`; the exit status, 1 if one is refused."""
+    is_right = True
+    for line in lines:
+        is_right = is_right and not line["refused"]
+        if as_text is None:
+            emit({**line, **machine.to_dict()})
+        else:
+            print(as_text(line), flush=True)
+    print_clock(machine)
+    return 0 if is_right else 1
 
 
 def read_list(name: str, text: str, read: Callable[[str], Any]) -> list[Any]:

@@ -102,15 +102,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--keep", default="0.1")
     options = parser.parse_args(arguments)
     machine = common.prepare(options)
-    is_right = True
-    for line in measure_all(options, machine):
-        is_right = is_right and not line["refused"]
-        if options.json:
-            common.emit({**line, **machine.to_dict()})
-        else:
-            print(_as_text(line), flush=True)
-    common.print_clock(machine)
-    return 0 if is_right else 1
+    lines = measure_all(options, machine)
+    return common.report(lines, machine, None if options.json else _as_text)
 
 
 def _as_text(line: dict[str, Any]) -> str:
