@@ -1,0 +1,1 @@
+"""Patched networks written for places where retrofit is not."""

@@ -1,0 +1,1 @@
+"""Short fine-tunes of a patched network against its dense teacher."""

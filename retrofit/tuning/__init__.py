@@ -1,0 +1,1 @@
+"""Settings found under a limit on the error of the output."""
