@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from retrofit.artifact.adapter import add_adapter
 from retrofit.artifact.records import read_learned, site_map
 from retrofit.artifact.verifying import require_patched
 from retrofit.checkpoints import find_checkpoint
@@ -62,6 +63,7 @@ def load(
         dtype=dtype,
         trust_remote_code=trust_remote_code,
     )
+    add_adapter(target, recipe.components, checkpoint.root)
     handle = patch(target, recipe)
     _compare_sites(handle, manifest, checkpoint.name)
     return target

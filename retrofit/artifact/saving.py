@@ -22,7 +22,7 @@ from retrofit.checkpoints.manifest import (
     Manifest,
 )
 from retrofit.checkpoints.opening import check_weights
-from retrofit.runtime.errors import CheckpointError, VerificationError
+from retrofit.runtime.errors import CheckpointError, InputError, VerificationError
 from retrofit.runtime.versions import current_versions
 
 
@@ -60,7 +60,7 @@ def write_patched(
         refuse_full_disk(out, plan.num_bytes)
     with new_folder(out, replace=force, mode=_mode(plan.checkpoint)) as folder:
         manifest = Manifest(
-            source=_public_name(plan.checkpoint),
+            source=public_name(plan.checkpoint),
             **describe_patch(plan.handle),
             files=copy_files(plan.files, folder, link=link, advance=advance, states=plan.states),
             configs={
@@ -155,6 +155,11 @@ def unpatch(
     checkpoint = find_checkpoint(folder)
     manifest = require_patched(checkpoint)
     out = Path(out).expanduser()
+    if manifest.has_own_weights:
+        raise InputError(
+            f"{folder}: was fine-tuned, so the weights of its source are not in it. Take the "
+            f"source itself: {manifest.source}."
+        )
     files = {path: checkpoint.root / path for path in manifest.files}
     source_only = replace(manifest, configs={})
 
@@ -197,7 +202,7 @@ def _mode(checkpoint: Checkpoint) -> int | None:
     return stat.S_IRWXU if is_private else None
 
 
-def _public_name(checkpoint: Checkpoint) -> str:
+def public_name(checkpoint: Checkpoint) -> str:
     """A hub id, or the last part of a path: records name no place of this machine."""
     if Path(checkpoint.name).expanduser().exists():
         return (checkpoint.file or checkpoint.root.resolve()).name

@@ -146,6 +146,7 @@ def _repeat(
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     """What the fresh process does."""
+    from retrofit.artifact.adapter import add_adapter
     from retrofit.artifact.proof import repeat_proof
     from retrofit.artifact.records import read_learned
     from retrofit.checkpoints.opening import load_networks
@@ -168,6 +169,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
         dtype=request["dtype"] or (dtypes.pop() if len(dtypes) == 1 else None),
         trust_remote_code=request["trust_remote_code"],
     )
+    add_adapter(target, recipe.components, checkpoint.root)
     return {"proof": repeat_proof(target, recipe, proof)}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from retrofit.checkpoints import Checkpoint
+from retrofit.checkpoints.layouts import TUNED_TYPE
 from retrofit.checkpoints.libraries import (
     class_of,
     dtype_argument,
@@ -25,9 +26,9 @@ def build_component(checkpoint: Checkpoint, component: str, trust_remote_code: b
             return cls.from_config(checkpoint.config(component), strict=False).eval()
         if checkpoint.classes[component][0] == "diffusers":
             return cls.from_config(cls.load_config(folder)).eval()
-        from transformers import AutoConfig, AutoModel
+        from transformers import AutoModel
 
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config = _transformers_config(checkpoint, component, trust_remote_code)
         if cls is AutoModel:
             model = AutoModel.from_config(config, trust_remote_code=trust_remote_code)
         else:
@@ -53,14 +54,17 @@ def load_component(
         )
     with failing_as_checkpoint_error(checkpoint), collecting_warnings():
         if checkpoint.file is not None:
-            config = str(checkpoint.config_folder(component))
-            single = {"config": config, dtype_argument(): as_dtype}
+            single = {
+                "config": str(checkpoint.config_folder(component)),
+                dtype_argument(): as_dtype,
+            }
             return cls.from_single_file(str(checkpoint.file), **single).eval()
         options: dict[str, Any] = {"variant": weights.variant, "use_safetensors": True}
         if checkpoint.classes[component][0] == "diffusers":
             options[dtype_argument()] = as_dtype
         else:
-            options |= {"dtype": as_dtype, "trust_remote_code": trust_remote_code}
+            config = _transformers_config(checkpoint, component, trust_remote_code)
+            options |= {"config": config, "dtype": as_dtype, "trust_remote_code": trust_remote_code}
         model, info = cls.from_pretrained(
             str(checkpoint.weight_folder(component)), output_loading_info=True, **options
         )
@@ -71,3 +75,16 @@ def load_component(
             f"({', '.join(missing[:3])}). Fetch the checkpoint again."
         )
     return model.eval()
+
+
+def _transformers_config(checkpoint: Checkpoint, component: str, trust_remote_code: bool) -> Any:
+    """The config of a component of transformers, also where a fine-tune marked its type."""
+    from transformers import AutoConfig
+
+    folder = str(checkpoint.config_folder(component))
+    config = checkpoint.config(component)
+    model_type = str(config.get("model_type") or "")
+    if model_type.startswith(TUNED_TYPE):
+        rest = {name: value for name, value in config.items() if name != "model_type"}
+        return AutoConfig.for_model(model_type.removeprefix(TUNED_TYPE), **rest)
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

@@ -27,6 +27,9 @@ WITHOUT_CONFIG = (
     "ProcessorFast",
     "Extractor",
 )
+# where a model_index.json names it, diffusers refuses to open the weights as those of a dense model
+TUNED_LIBRARY = "retrofit_attention"
+TUNED_TYPE = "retrofit_"  # in front of a `model_type`, which transformers refuses likewise
 CONFIG_FOLDER = "config"  # configs of a single-file checkpoint, beside it once it is patched
 
 
@@ -174,7 +177,8 @@ def _pipeline(folder: Path, name: str, manifest: Manifest | None) -> Checkpoint:
                 read_config(folder / component / file)
         _require_config(folder / component, str(entry[1]), name)
         if (folder / component / "config.json").is_file():
-            classes[component] = (str(entry[0]), str(entry[1]))
+            library = "diffusers" if entry[0] == TUNED_LIBRARY else str(entry[0])
+            classes[component] = (library, str(entry[1]))
     class_name = index.get("_class_name")
     if isinstance(class_name, list):
         class_name = class_name[-1] if class_name else None

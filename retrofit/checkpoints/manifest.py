@@ -18,7 +18,8 @@ from retrofit.runtime.reading import JSON_BYTES, parse_json, read_bytes
 from retrofit.runtime.schema import find_problems
 
 MANIFEST = "retrofit.json"
-SCHEMA = 2
+SCHEMA = 3
+RULES_SCHEMA = 2  # of a recipe of several rules, or with learned parts
 SHORT_SCHEMA = 1  # of a recipe that every version reads: one rule, nothing learned
 
 
@@ -39,6 +40,7 @@ class Manifest:
         single_file: Name of the file of such a checkpoint, else empty.
         versions: Of Python and the libraries it was written with.
         proof: See `retrofit.artifact.proof`; None when it was not asked for.
+        tuned: How it was fine-tuned; None where the weights are the source's.
     """
 
     source: str
@@ -52,6 +54,7 @@ class Manifest:
     single_file: str = ""
     versions: Mapping[str, str] = field(default_factory=dict)
     proof: Mapping[str, Any] | None = None
+    tuned: Mapping[str, Any] | None = None
 
     @classmethod
     def read(cls, folder: Path) -> Manifest:
@@ -72,9 +75,9 @@ class Manifest:
                 f"{where}: written by a newer retrofit (schema {schema}, this one reads {SCHEMA}). "
                 "Upgrade: pip install --upgrade retrofit-attention"
             )
-        if schema not in (SHORT_SCHEMA, SCHEMA):
+        if schema not in range(SHORT_SCHEMA, SCHEMA + 1):
             raise CheckpointError(
-                f"{where}: expected `schema` {SHORT_SCHEMA} or {SCHEMA}, got {schema!r}. "
+                f"{where}: expected `schema` {SHORT_SCHEMA} to {SCHEMA}, got {schema!r}. "
                 f"{_PATCH_AGAIN}"
             )
         problems = _check_keys(data)
@@ -100,6 +103,11 @@ class Manifest:
         return LEARNED in self.configs
 
     @property
+    def has_own_weights(self) -> bool:
+        """Whether its weights are no longer the source's."""
+        return self.tuned is not None and self.tuned["train"] in ("all", "attention")
+
+    @property
     def patched(self) -> list[str]:
         """Paths of the patched sites, with their network."""
         return [
@@ -110,9 +118,12 @@ class Manifest:
     def to_dict(self) -> dict[str, Any]:
         """As plain data, with the schema in front and a digest of the whole at the end."""
         needs_rules = "rules" in self.recipe or LEARNED in self.configs
-        data: dict[str, Any] = {"schema": SCHEMA if needs_rules else SHORT_SCHEMA}
+        schema = SCHEMA if self.tuned else RULES_SCHEMA if needs_rules else SHORT_SCHEMA
+        data: dict[str, Any] = {"schema": schema}
         for item in fields(self):
             value = getattr(self, item.name)
+            if item.name == "tuned" and value is None:
+                continue
             if item.name in ("files", "configs"):
                 value = {path: vars(record) for path, record in sorted(value.items())}
             data[item.name] = value
@@ -176,5 +187,5 @@ def _check_places(data: Mapping[str, Any]) -> list[str]:
 
 def _check_keys(data: Mapping[str, Any]) -> list[str]:
     expected = {"schema", "digest", *(item.name for item in fields(Manifest))}
-    problems = [f"has no {key!r}" for key in sorted(expected - data.keys())]
+    problems = [f"has no {key!r}" for key in sorted(expected - data.keys() - {"tuned"})]
     return problems + [f"{key!r} is no key of it" for key in sorted(data.keys() - expected)]

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from retrofit.checkpoints import Checkpoint, read_json
 from retrofit.checkpoints.accounting import check_tensors
 from retrofit.checkpoints.components import build_component, load_component
+from retrofit.checkpoints.layouts import TUNED_LIBRARY
 from retrofit.checkpoints.libraries import (
     LIBRARIES,
     conversion_command,
@@ -261,15 +266,38 @@ def load_whole(
             )
         else:
             variants = sorted({found.variant for found in weights.values()} - {None}, key=str)
-            # dtypes may differ between components, which a single one would flatten
-            pipeline = diffusers.DiffusionPipeline.from_pretrained(
-                str(checkpoint.root),
-                use_safetensors=True,
-                variant=variants[0] if variants else None,
-                trust_remote_code=trust_remote_code,
-                **{dtype_argument(): {"default": next(iter(dtypes.values()), None), **dtypes}},
-            )
+            with _without_mark(checkpoint) as folder:
+                # dtypes may differ between components, which a single one would flatten
+                pipeline = diffusers.DiffusionPipeline.from_pretrained(
+                    str(folder),
+                    use_safetensors=True,
+                    variant=variants[0] if variants else None,
+                    trust_remote_code=trust_remote_code,
+                    **{dtype_argument(): {"default": next(iter(dtypes.values()), None), **dtypes}},
+                )
     return pipeline if device is None else pipeline.to(device)
+
+
+@contextmanager
+def _without_mark(checkpoint: Checkpoint) -> Iterator[Path]:
+    """A pipeline's folder whose index diffusers reads, also where weights are fine-tuned."""
+    index = read_json(checkpoint.root / "model_index.json")
+    marked = [name for name, entry in index.items() if _is_marked(entry)]
+    if not marked:
+        yield checkpoint.root
+        return
+    with TemporaryDirectory() as place:
+        folder = Path(place)
+        for path in checkpoint.root.iterdir():
+            if path.name != "model_index.json":
+                (folder / path.name).symlink_to(path.resolve())
+        index |= {name: ["diffusers", index[name][1]] for name in marked}
+        (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+        yield folder
+
+
+def _is_marked(entry: object) -> bool:
+    return isinstance(entry, list) and entry[:1] == [TUNED_LIBRARY]
 
 
 def _likely_first(checkpoint: Checkpoint) -> list[str]:

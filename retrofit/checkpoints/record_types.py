@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any, TypedDict
+from typing import Annotated, Any, Literal, TypedDict
 
 from retrofit.checkpoints.fingerprint import FileRecord
 from retrofit.runtime.schema import OTHER_KEYS, Sha256, Within
@@ -72,6 +72,7 @@ class OuterRecipe(TypedDict, total=False):
 
     family: str | None
     description: str | None
+    finetune: Mapping[str, Any] | None
 
 
 class SavedRecipe(OuterRecipe):
@@ -94,7 +95,23 @@ class SavedRules(OuterRecipe):
     rules: Annotated[list[Annotated[SavedRule, OTHER_KEYS]], Within(1, 1000)]
 
 
-class Record(TypedDict):
+class Tuned(TypedDict):
+    """How a checkpoint was fine-tuned."""
+
+    base: str
+    train: Literal["all", "attention", "lora", "gates"]
+    components: list[str]
+    request: Mapping[str, Any]
+    scores: Mapping[str, Any]
+
+
+class MaybeTuned(TypedDict, total=False):
+    """What only a fine-tuned checkpoint has."""
+
+    tuned: Tuned
+
+
+class Record(MaybeTuned):
     """All of it."""
 
     schema: int

@@ -20,6 +20,7 @@ from retrofit.commands import (
     compare,
     doctor,
     families,
+    finetune,
     generate,
     inspect,
     methods,
@@ -54,6 +55,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "compare": compare.run,
     "generate": generate.run,
     "reconstruct": reconstruct.run,
+    "finetune": finetune.run,
     "unpatch": unpatch.run,
     "bench": bench.run,
 }

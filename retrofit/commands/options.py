@@ -141,30 +141,54 @@ def read_settings(settings: list[str] | None) -> dict[str, Any]:
     Raises:
         ConfigError: If one has no value, or is the word that people read both ways.
     """
-    from retrofit.runtime.reading import parse_yaml
-
-    values: dict[str, Any] = {}
+    values = {}
     for setting in settings or []:
-        name, separator, text = setting.partition("=")
-        name = name.strip().replace("-", "_")
-        if not separator or not name or not text.strip():
-            raise ConfigError(f"--set {setting}: expected NAME=VALUE, as in --set keep=0.25.")
+        name, text = read_assignment(setting, "--set ", "--set keep=0.25")
         if name == "sparsity":
             raise ConfigError(
                 f"--set {setting}: sparsity is read both ways. Say keep: keep=0.1 leaves a tenth "
                 "of the work, keep=0.9 leaves nine tenths."
             )
-        try:
-            values[name] = _as_number(parse_yaml(text))
-        except ValueError as error:
-            raise ConfigError(
-                f"--set {setting}: expected a number, a word or a list like [1,2], got {text!r}."
-            ) from error
+        values[name] = read_value(text, f"--set {setting}")
     return values
 
 
-def _as_number(value: Any) -> Any:
-    """A number where YAML sees a word, as in 1e-9, which it wants as 1.0e-9."""
+def read_assignment(word: str, before: str, example: str) -> tuple[str, str]:
+    """Name and text of NAME=VALUE.
+
+    Args:
+        word: What was typed.
+        before: What stands before it on the command line, for messages.
+        example: A right one, for messages.
+
+    Raises:
+        ConfigError: If it has no name or no value.
+    """
+    name, separator, text = word.partition("=")
+    name = name.strip().replace("-", "_")
+    if not separator or not name or not text.strip():
+        raise ConfigError(f"{before}{word}: expected NAME=VALUE, as in {example}.")
+    return name, text
+
+
+def read_value(text: str, where: str) -> Any:
+    """A typed value: YAML's, and numbers such as 1e-9, which YAML wants as 1.0e-9.
+
+    Raises:
+        ConfigError: If it is no YAML.
+    """
+    from retrofit.runtime.reading import parse_yaml
+
+    try:
+        return as_number(parse_yaml(text))
+    except ValueError as error:
+        raise ConfigError(
+            f"{where}: expected a number, a word or a list like [1,2], got {text!r}."
+        ) from error
+
+
+def as_number(value: Any) -> Any:
+    """A number where YAML sees a word."""
     if not isinstance(value, str):
         return value
     try:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from torch import nn
 
 from retrofit.families.examples import Examples
+from retrofit.families.training import Training
 from retrofit.layout.sites import Network
 
 PROJECTIONS = (
@@ -35,6 +36,7 @@ class Family:
         output: What its first output is, which decides what a comparison measures on it besides
             the difference: a `prediction`, or `embeddings` of tokens, of which means are compared.
         behind: What its checkpoints run after this network, for predictions that leave it out.
+        training: How it is trained; None means that it can't be fine-tuned yet.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Family:
     inputs: Examples | None = None
     output: Literal["prediction", "embeddings"] = "prediction"
     behind: str = ""
+    training: Training | None = None
 
 
 def own_part(module: Any, path: str) -> Any:

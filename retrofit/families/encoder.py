@@ -13,6 +13,7 @@ from retrofit.families.base import (
     find_layer_attention,
     has_parts,
 )
+from retrofit.families.encoder_training import TRAINING
 from retrofit.families.examples import TEXT
 from retrofit.layout.sites import LEARNED, AttentionSite, Network
 
@@ -78,4 +79,5 @@ FAMILY = Family(
     describe=describe,
     output="embeddings",
     inputs=TEXT,
+    training=TRAINING,
 )

@@ -11,6 +11,7 @@ from torch import nn
 from retrofit.families.base import Family, find_attention, find_multihead, has_parts
 from retrofit.families.denoising import FoundAttention, Kind, list_sites
 from retrofit.families.examples import Examples, InputSize, normal
+from retrofit.families.unet2d_training import TRAINING
 from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import LayoutReader, Level, Network, argument
 from retrofit.runtime.errors import UnsupportedError
@@ -188,6 +189,7 @@ FAMILY = Family(
     recognises=recognises,
     describe=describe,
     denoises=True,
+    training=TRAINING,
     inputs=Examples(
         axes=("size",),
         native=_native_size,

@@ -104,6 +104,20 @@ class Method:
         """
         return None
 
+    @property
+    def can_train_gates(self) -> bool:
+        """Whether its learned parts have a loss of their own."""
+        return type(self).gate_loss is not Method.gate_loss
+
+    def gate_loss(self, layout: TokenGrid, call: AttentionCall) -> Tensor:
+        """What training lowers to make the learned parts of a site choose well, `[]`.
+
+        Args:
+            layout: Of the call's tokens.
+            call: A dense call with the learned parts as `learned`, and a mask of four axes or none.
+        """
+        raise NotImplementedError
+
     def schedule(
         self, state: RunState, network: Network, sites: Sequence[AttentionSite]
     ) -> Mapping[str, int]:

@@ -61,9 +61,12 @@ class T3Config(Method):
         return problems
 
     def refuses(self, network: Network) -> str | None:
-        """Needs self-attention over the frames of a video."""
-        if not network.has_frames:
-            return "it is for videos: it needs frames that follow one another in time"
+        """Needs self-attention over a grid: of a video's frames, where the cut is planned."""
+        if not network.has_frames and self.cycle is None:
+            return (
+                "it is for videos: it needs frames that follow one another in time; for pictures "
+                "give it a cycle"
+            )
         if any(site.kind == "self" and site.layout is not None for site in network.sites):
             return None
         return "it needs self-attention over a grid of known height and width"

@@ -18,7 +18,7 @@ from retrofit.runtime.errors import ConfigError, NotFoundError, suggest, unknown
 from retrofit.runtime.reading import YAML_BYTES, parse_yaml, read_text
 from retrofit.runtime.schema import OTHER_KEYS, find_problems
 
-COMMON = ("family", "components", "description")
+COMMON = ("family", "components", "description", "finetune")
 SHIPPED = Path(__file__).resolve().parents[1] / "recipes"
 CHECKOUT = Path(__file__).resolve().parents[2] / "recipes"
 
@@ -35,6 +35,8 @@ class Recipe:
         description: What it is good for.
         learned: Learned parts as `Patch.state_dict` gives them, which the patch begins with; beside
             the recipe, not in it.
+        finetune: Settings that `retrofit finetune` begins with, such as the learning rate; no part
+            of what is installed.
         name: What messages call it; no part of the recipe.
     """
 
@@ -43,6 +45,7 @@ class Recipe:
     components: tuple[str, ...] = ()
     description: str = ""
     learned: Mapping[str, Tensor] | None = field(default=None, compare=False, repr=False)
+    finetune: Mapping[str, Any] = field(default_factory=dict, compare=False, repr=False)
     name: str = field(default="recipe", compare=False, repr=False)
 
     @classmethod
@@ -125,6 +128,8 @@ class Recipe:
             short = {key: value for key, value in data.items() if key not in COMMON}
             rules = [Rule.from_dict(short, problems)]
         components = names_in(data, "components", problems)
+        if not isinstance(data.get("finetune") or {}, Mapping):
+            problems.append(f"finetune: expected settings by name, got {data['finetune']!r}.")
         found = tuple(rule for rule in rules if rule is not None)
         if problems or not found:
             raise ConfigError(f"{where}: " + " ".join(problems))
@@ -133,6 +138,7 @@ class Recipe:
             family=data.get("family"),
             components=components,
             description=str(data.get("description", "")),
+            finetune=data.get("finetune") or {},
             name=where,
         )
 

@@ -66,6 +66,10 @@ class StoppedError(RetrofitError):
     exit_code = 130
 
 
+class TrainingError(RetrofitError):
+    """A training came out worse than it began, or as NaN; the message names its last good state."""
+
+
 class NonFiniteError(RetrofitError):
     """NaN or infinity came out of a patched model; the message names the site and any step."""
 

@@ -344,9 +344,9 @@ def test_a_record_edited_by_hand(verb, refused, patched, copy_of, tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda data: data.update(schema=3), "pip install --upgrade retrofit-attention"),
-        (lambda data: data.update(schema="one"), "expected `schema` 1 or 2"),
-        (lambda data: data.pop("schema"), "expected `schema` 1 or 2"),
+        (lambda data: data.update(schema=4), "pip install --upgrade retrofit-attention"),
+        (lambda data: data.update(schema="one"), "expected `schema` 1 to 3"),
+        (lambda data: data.pop("schema"), "expected `schema` 1 to 3"),
         (lambda data: data.pop("files"), "has no 'files'"),
         (lambda data: data.update(extra=1), "'extra' is no key"),
     ],

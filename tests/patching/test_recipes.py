@@ -12,6 +12,7 @@ from retrofit.methods import METHODS
 from retrofit.patching.recipe import Recipe, default_recipe, shipped_recipes
 from retrofit.patching.settings import with_parameters
 from retrofit.runtime.errors import ConfigError
+from retrofit.training import read_request
 from tests.tiny_models import FAMILY_MODELS
 
 SHIPPED = shipped_recipes()
@@ -51,6 +52,12 @@ def test_a_recipe_fits_its_family(name):
             row.call(model, row.make_inputs(batch=1, odd=True))
         assert patch.report.patched
         assert 0 < patch.keep_measured() <= 1
+
+
+@pytest.mark.parametrize("name", [n for n in SHIPPED if Recipe.read(SHIPPED[n]).finetune])
+def test_what_a_recipe_says_of_its_fine_tune_is_valid(name):
+    settings = Recipe.read(SHIPPED[name]).finetune
+    assert 0 < read_request({**settings, "data": "pictures"}).lr < 1e-2
 
 
 @pytest.mark.parametrize("family", FAMILIES)
