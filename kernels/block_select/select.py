@@ -16,6 +16,7 @@ from retrofit.kernels.block_select.native import (
 )
 from retrofit.kernels.block_select.triton_route import MAX_COLUMNS, select_by_triton
 from retrofit.kernels.block_sparse.lists import check_block_size
+from retrofit.kernels.block_sparse.plain import counted_rows
 from retrofit.runtime.errors import ConfigError
 
 Pooling = Literal["avg", "max"]
@@ -116,7 +117,7 @@ def select_blocks(
     pooled_k = _pool(key, block_k, pooling, backend)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     # a sort needs about five times the scores
-    row_bytes = 20 * heads[0] * heads[1] * pooled_k.shape[2]
+    row_bytes = 20 * counted_rows(heads[0]) * heads[1] * pooled_k.shape[2]
     step = max(1, CHUNK_BYTES // row_bytes)
     parts = [
         _select(

@@ -93,6 +93,11 @@ def exact_lists(block_mask: Tensor | BlockLists) -> BlockLists:
     return lists_from_mask(block_mask, max_count=longest)
 
 
+def counted_rows(batch: int) -> int:
+    """Rows that the size of a chunk goes by; one in traced code, whose batch may be symbolic."""
+    return 1 if torch.compiler.is_compiling() else batch
+
+
 def softmax_and_lse(scores: Tensor) -> tuple[Tensor, Tensor]:
     """Weights and log-sum-exp over the last axis; a row of -inf gives weights 0.
 
@@ -118,7 +123,7 @@ def _attend_masked(p: Problem, block_mask: Tensor) -> tuple[Tensor, Tensor]:
     (batch, heads, len_q, _), (_, kv_heads, len_k, dim_v) = p.query.shape, p.value.shape
     block_q, block_k = p.block_size
     keys_t = p.key.transpose(-1, -2)
-    step = block_q * max(1, CHUNK_BYTES // (4 * batch * heads * len_k * block_q))
+    step = block_q * max(1, CHUNK_BYTES // (4 * counted_rows(batch) * heads * len_k * block_q))
     columns = torch.arange(len_k, device=p.query.device)
     outs, lses = [], []
     for start in range(0, len_q, step):
@@ -187,7 +192,7 @@ def gather_chunks(p: Problem, lists: BlockLists, *, is_exact: bool = False) -> I
     row = torch.arange(batch, device=device)[:, None] * kv_heads + head
     first_row = (row * num_k)[..., None, None]
     offset = torch.arange(block_k, device=device)
-    row_bytes = 4 * batch * heads * lists.max_count * block_k * (block_q + 2 * dim)
+    row_bytes = 4 * counted_rows(batch) * heads * lists.max_count * block_k * (block_q + 2 * dim)
     step = max(1, CHUNK_BYTES // row_bytes)
     for start in range(0, num_q, step):
         stop = min(start + step, num_q)

@@ -202,7 +202,8 @@ def tiled_attention(
                 put_rows(lse[:, heads], chunk, row_lse)
     if grid.num_special_tokens:
         _put_special(out, lse, q, k, v, grid, attn_mask, scale)
-    return out, lse
+    # decomposing a graph loses the strides of what was written into, and with them later views
+    return out.contiguous() if torch.compiler.is_exporting() else out, lse
 
 
 def put_rows(out: Tensor, chunk: Chunk, rows: Tensor) -> None:

@@ -12,6 +12,8 @@ from retrofit.patching.networks import find_networks
 from retrofit.runtime.errors import CheckpointError, UnsupportedError
 
 ADAPTER_FOLDER = "adapter"
+CONFIG, TENSORS = "adapter_config.json", "adapter_model.safetensors"  # peft's names
+ADAPTER_FILES = {f"{ADAPTER_FOLDER}/{name}" for name in (CONFIG, TENSORS)}
 NAME = "retrofit"
 PEFT_PREFIX = "base_model.model."
 
@@ -40,14 +42,14 @@ def add_adapter(target: Any, components: Sequence[str], folder: Path) -> None:
     from safetensors.torch import load_file
 
     known = LoraConfig.__dataclass_fields__
-    settings = read_json(place / "adapter_config.json")
+    settings = read_json(place / CONFIG)
     config = LoraConfig(**{name: value for name, value in settings.items() if name in known})
     network = find_networks(target, tuple(components))[0].module
     before = next(network.parameters())
     inject_adapter_in_model(config, network, adapter_name=NAME)
     tensors = {
         name.removeprefix(PEFT_PREFIX): value.to(before.device)
-        for name, value in load_file(place / "adapter_model.safetensors").items()
+        for name, value in load_file(place / TENSORS).items()
     }
     found = set_peft_model_state_dict(network, tensors, adapter_name=NAME)
     missing = [name for name in found.missing_keys if "lora_" in name]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from retrofit.artifact.adapter import ADAPTER_FILES
 from retrofit.artifact.copying import Advance, copy_files, folder_mode, keep_private, total_size
 from retrofit.artifact.planning import Plan, plan_patch, prove
 from retrofit.artifact.records import describe_patch, write_learned
@@ -77,9 +78,12 @@ def write_patched(
     return manifest
 
 
+CARD = "README.md"  # of a fine-tuned checkpoint
+
+
 def refuse_target(plan: Plan, out: Path, *, force: bool) -> None:
     """Check, before anything is computed, that the output may be written."""
-    names = {*plan.files, *plan.configs, LEARNED}
+    names = {*plan.files, *plan.configs, LEARNED, CARD, *ADAPTER_FILES}
     source = plan.checkpoint.file or plan.checkpoint.root
     refuse_output(out, source, force=force, names=names, check_earlier=_check_patched)
 

@@ -14,12 +14,12 @@ from typing import Any
 
 from torch import Tensor
 
-from retrofit.artifact.adapter import ADAPTER_FOLDER
+from retrofit.artifact.adapter import ADAPTER_FOLDER, CONFIG, TENSORS
 from retrofit.artifact.copying import copy_files
 from retrofit.artifact.planning import Plan
 from retrofit.artifact.proof import make_proof
 from retrofit.artifact.records import describe_patch, write_learned
-from retrofit.artifact.saving import public_name, refuse_target
+from retrofit.artifact.saving import CARD, public_name, refuse_target
 from retrofit.artifact.writing import new_folder, refuse_full_disk
 from retrofit.checkpoints import identify, read_json
 from retrofit.checkpoints.fingerprint import FileRecord
@@ -29,8 +29,6 @@ from retrofit.checkpoints.opening import load_networks
 from retrofit.checkpoints.weights import read_header
 from retrofit.runtime.errors import UnsupportedError
 from retrofit.runtime.versions import current_versions
-
-README = "README.md"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +104,7 @@ def write_tuned(
     refuse_full_disk(out, plan.num_bytes)
     recipe = plan.recipe if tuned.learned is None else replace(plan.recipe, learned=tuned.learned)
     changed = _changed_files(plan, tuned)
-    kept = {path: file for path, file in plan.files.items() if path not in {*changed, README}}
+    kept = {path: file for path, file in plan.files.items() if path not in {*changed, CARD}}
     with new_folder(out, replace=force) as folder:
         records = copy_files(
             kept, folder, link=False, advance=lambda amount: None, states=plan.states
@@ -116,8 +114,8 @@ def write_tuned(
             write(folder / path)
             records[path] = FileRecord.of(folder / path)
         configs = {**write_learned(recipe, folder), **_write_adapter(tuned, folder)}
-        (folder / README).write_text(tuned.card, encoding="utf-8")
-        configs[README] = FileRecord.of(folder / README)
+        (folder / CARD).write_text(tuned.card, encoding="utf-8")
+        configs[CARD] = FileRecord.of(folder / CARD)
         say("proving the patch with its new weights ...")
         target = load_networks(identify(folder, str(out)), plan.components, device=device)
         if tuned.adapter is not None:
@@ -203,10 +201,8 @@ def _write_adapter(tuned: Tuned, folder: Path) -> dict[str, FileRecord]:
     config, tensors = tuned.adapter
     place = folder / ADAPTER_FOLDER
     place.mkdir()
-    (place / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
-    save_file(
-        {name: x.contiguous() for name, x in tensors.items()}, place / "adapter_model.safetensors"
-    )
+    (place / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    save_file({name: x.contiguous() for name, x in tensors.items()}, place / TENSORS)
     return {
         f"{ADAPTER_FOLDER}/{file.name}": FileRecord.of(file) for file in sorted(place.iterdir())
     }

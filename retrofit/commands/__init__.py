@@ -19,6 +19,7 @@ from retrofit.commands import (
     bench,
     compare,
     doctor,
+    export,
     families,
     finetune,
     generate,
@@ -56,6 +57,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "generate": generate.run,
     "reconstruct": reconstruct.run,
     "finetune": finetune.run,
+    "export": export.run,
     "unpatch": unpatch.run,
     "bench": bench.run,
 }

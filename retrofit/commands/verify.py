@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from retrofit.commands import options
 from retrofit.commands.console import count, print_json, print_lines, progress, result, say
 
@@ -20,6 +22,8 @@ def run(
     proof only the files are checked, and it says so. A load compares less: sizes and samples, and
     every byte only of files that are newer than retrofit.json.
 
+    An export is run again on its probe.
+
     [bold]Examples[/bold]
 
     $ retrofit verify minilm-sparse/
@@ -36,6 +40,9 @@ def run(
     verify_checkpoint("minilm-sparse/").proof
     """
     options.set_threads(threads)
+    if (Path(out) / "export.json").is_file():
+        _verify_export(Path(out), json=json)
+        return
     from retrofit.artifact.verifying import require_patched, verify_checkpoint
     from retrofit.checkpoints import find_checkpoint
     from retrofit.commands.patch import keep_measured, summarize_proof
@@ -78,3 +85,16 @@ def run(
         agreed = "identical" if found.proof == "identical" else "the same within tolerance"
         lines += [f"proof: repeated in a fresh process, {agreed}", f"{out} is verified"]
     print_lines(*lines)
+
+
+def _verify_export(folder: Path, *, json: bool) -> None:
+    """Run an export on its probe in a fresh process."""
+    from retrofit.commands.export import as_json, tell
+    from retrofit.export import verify_export
+
+    record = verify_export(folder)
+    if json:
+        print_json({**as_json(record, folder), "verified": True})
+    else:
+        tell(record, folder)
+        print_lines(f"{folder} is verified")

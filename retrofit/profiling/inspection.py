@@ -225,6 +225,22 @@ def _no_state() -> Any:
     return RunState()
 
 
+def network_size(checkpoint: Checkpoint, network: FoundNetwork, asked: AskedSize) -> InputSize:
+    """A user's pixels, frames and tokens in the units of a network.
+
+    Raises:
+        InputError: If the size does not fit the family.
+    """
+    examples = network.family.inputs
+    if examples is None:
+        raise InputError(
+            f"{network.where('')}: family {network.family.name} has no example inputs. Give "
+            "another component."
+        )
+    scale = _latent_scale(checkpoint, network) or examples.latent_scale
+    return _network_size(network, examples, asked, scale)
+
+
 def _network_size(
     network: FoundNetwork, examples: Examples, asked: AskedSize, scale: tuple[int, int]
 ) -> InputSize:

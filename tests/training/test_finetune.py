@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -96,7 +97,10 @@ def test_an_adapter_leaves_the_weights_and_can_be_undone(
 ):
     from peft import PeftConfig
 
-    out, _ = tune("train=lora", "rank=4")
+    tune("train=attention")
+    out, _ = tune("train=lora", "rank=4", "--force", "--resume", code=2)
+    shutil.rmtree(out.with_name("tuned-training"))
+    out, _ = tune("train=lora", "rank=4", "--force")
     assert (out / WEIGHTS).read_bytes() == (pipeline / WEIGHTS).read_bytes()
     assert PeftConfig.from_pretrained(str(out / "adapter")).r == 4
     assert run_command("verify", out).code == 0
