@@ -34,6 +34,8 @@ from transformers import (
     Dinov2WithRegistersModel,
     DistilBertConfig,
     DistilBertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
     RobertaConfig,
     RobertaModel,
     SiglipVisionConfig,
@@ -125,6 +127,21 @@ def make_distilbert(seed: int = 0, **changes: Any) -> DistilBertModel:
         "attn_implementation": "sdpa",
     }
     return fill_randomly(DistilBertModel(DistilBertConfig(**{**settings, **changes})), seed)
+
+
+def make_llama(seed: int = 0, **changes: Any) -> LlamaForCausalLM:
+    """A language model of two layers, whose heads share keys two by two."""
+    settings: Inputs = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 48,
+        "max_position_embeddings": 320,
+        "attn_implementation": "sdpa",
+    }
+    return fill_randomly(LlamaForCausalLM(LlamaConfig(**{**settings, **changes})), seed)
 
 
 def make_text_inputs(
@@ -455,6 +472,12 @@ def call_transformers(model: Any, inputs: Inputs) -> Tensor:
 
 
 @torch.no_grad()
+def call_language_model(model: Any, inputs: Inputs) -> Tensor:
+    """Logits of the next tokens, `[B, S, V]`."""
+    return model(**inputs).logits
+
+
+@torch.no_grad()
 def call_diffusers(model: Any, inputs: Inputs) -> Tensor:
     """The predicted noise or velocity, shaped as the latents."""
     return model(**inputs, return_dict=False)[0]
@@ -475,6 +498,7 @@ FAMILY_MODELS: dict[str, FamilyModel] = {
     "distilbert": FamilyModel(
         "encoder", make_distilbert, make_padded_text_inputs, call_transformers
     ),
+    "llama": FamilyModel("causal-lm", make_llama, make_text_inputs, call_language_model),
     "vit": FamilyModel("vit", make_vit, make_interpolated_inputs, call_transformers),
     "deit": FamilyModel("vit", make_deit, make_interpolated_inputs, call_transformers),
     "dinov2": FamilyModel("vit", make_dinov2, make_picture_inputs, call_transformers),

@@ -13,6 +13,7 @@ from torch.nn import functional
 from retrofit.runtime.devices import to_float64
 
 Better = Literal["lower", "higher"]
+ROWS = 256  # of logits that are taken to float64 at once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +120,20 @@ def _nearest(embeddings: Tensor, count: int) -> list[list[int]]:
     return similarity.topk(count, dim=1).indices.tolist()
 
 
+def next_token_agreement(dense: Tensor, patched: Tensor) -> float:
+    """How many of the likeliest next tokens of logits `[1, S, V]` stay the likeliest."""
+    return float((dense.argmax(-1) == patched.argmax(-1)).double().mean())
+
+
+def next_token_divergence(dense: Tensor, patched: Tensor) -> float:
+    """Kullback-Leibler divergence of the next token, mean over tokens, in nats."""
+    total = 0.0
+    for a, b in zip(dense[0].split(ROWS), patched[0].split(ROWS), strict=True):
+        a, b = to_float64(a).log_softmax(-1), to_float64(b).log_softmax(-1)
+        total += float(functional.kl_div(b, a, reduction="sum", log_target=True))
+    return max(0.0, total) / dense.shape[1]
+
+
 def _neighbours(count: int) -> GroupMetric:
     def values(dense: Tensor, patched: Tensor) -> list[float]:
         return neighbour_agreement(dense, patched, count=count)
@@ -157,7 +172,25 @@ EMBEDDINGS: tuple[Metric, ...] = (
     _neighbours(1),
     _neighbours(5),
 )
-BY_OUTPUT: dict[str, tuple[Metric, ...]] = {"prediction": (), "embeddings": EMBEDDINGS}
+LOGITS: tuple[Metric, ...] = (
+    PairMetric(
+        name="next_token",
+        meaning="fraction of the likeliest next tokens that stay the likeliest",
+        better="higher",
+        value=next_token_agreement,
+    ),
+    PairMetric(
+        name="divergence",
+        meaning="of the next token's distribution, in nats; about the rise of log perplexity",
+        better="lower",
+        value=next_token_divergence,
+    ),
+)
+BY_OUTPUT: dict[str, tuple[Metric, ...]] = {
+    "prediction": (),
+    "embeddings": EMBEDDINGS,
+    "logits": LOGITS,
+}
 
 
 def metrics_for(output: str, num_inputs: int) -> tuple[Metric, ...]:

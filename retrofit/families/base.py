@@ -34,7 +34,8 @@ class Family:
         denoises: Whether this is what a pipeline calls at every step, patched when a pipeline is.
         inputs: How to make example inputs; None means that its patches can't be proved.
         output: What its first output is, which decides what a comparison measures on it besides
-            the difference: a `prediction`, or `embeddings` of tokens, of which means are compared.
+            the difference: a `prediction`, `embeddings` of tokens, of which means are compared, or
+            `logits` of the next token.
         behind: What its checkpoints run after this network, for predictions that leave it out.
         training: How it is trained; None means that it can't be fine-tuned yet.
     """
@@ -46,7 +47,7 @@ class Family:
     describe: Callable[[nn.Module], Network]
     denoises: bool = False
     inputs: Examples | None = None
-    output: Literal["prediction", "embeddings"] = "prediction"
+    output: Literal["prediction", "embeddings", "logits"] = "prediction"
     behind: str = ""
     training: Training | None = None
 

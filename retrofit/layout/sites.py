@@ -69,6 +69,7 @@ class AttentionSite:
             sequence, whose grid is their number.
         num_calls: Attention calls in one forward; all but the last run dense (Wan image-to-video
             attends to the image first, then to the text).
+        is_causal: Whether a token sees no later one; a mask of such a site is no padding alone.
         network: Name of the network it stands in (`unet`), filled in when a patch is installed.
     """
 
@@ -82,6 +83,7 @@ class AttentionSite:
     level: int | None = None
     layout: str | None = None
     num_calls: int = 1
+    is_causal: bool = False
     network: str = ""
 
 

@@ -35,6 +35,7 @@ class Method:
         idle: Why it may change nothing at all.
         acts_with: What to set that it does, a larger size aside.
         is_exact: Whether the output is the dense model's within float rounding.
+        has_causal_form: Whether language models, which hide every later token, can have it.
         alternatives: Groups of settings of which one is given; setting another takes its place.
     """
 
@@ -46,6 +47,7 @@ class Method:
     acts_with: ClassVar[str] = ""
     lossy: ClassVar[str] = "lossy: the output differs from the dense model's"
     is_exact: ClassVar[bool] = False
+    has_causal_form: ClassVar[bool] = False
     alternatives: ClassVar[tuple[tuple[str, ...], ...]] = ()
     enlarges: ClassVar[bool] = False
 
@@ -68,8 +70,14 @@ class Method:
         """Whether a call is an error unless the denoising step is known."""
         return False
 
-    def refuses(self, network: Network) -> str | None:
+    def explain_refusal(self, network: Network) -> str | None:
         """Why the method can't be used on this network at all, or None."""
+        if not self.has_causal_form and any(site.is_causal for site in network.sites):
+            return "it has no causal form, and language models hide every later token"
+        return self.refuses(network)
+
+    def refuses(self, network: Network) -> str | None:
+        """What a method has against a network itself; callers ask `explain_refusal`."""
         return None
 
     def skips(self, site: AttentionSite, network: Network) -> str | None:

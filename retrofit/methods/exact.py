@@ -38,6 +38,7 @@ class ExactConfig(Method):
     )
     acts_with: ClassVar[str] = "a smaller min_tokens"
     is_exact: ClassVar[bool] = True
+    has_causal_form: ClassVar[bool] = True
     lossy: ClassVar[str] = "not lossy: the output is the dense model's within float rounding"
 
     min_tokens: int = 128

@@ -54,7 +54,9 @@ def install_network(
     root = GuardRoot(
         where=network.where(""),
         state=state,
-        methods=[rule.method for rule in recipe.rules if not rule.method.refuses(description)],
+        methods=[
+            rule.method for rule in recipe.rules if not rule.method.explain_refusal(description)
+        ],
         sites=sites,
         control=control,
     )

@@ -316,7 +316,7 @@ def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
         for i, rule in enumerate(rules):
             own = (
                 ()
-                if rule.method.refuses(description)
+                if rule.method.explain_refusal(description)
                 else (rule.method.handlers(description, handle.state))
             )
             extra += own
@@ -344,7 +344,7 @@ def _install_all(handle: Patch, found: list[FoundNetwork]) -> None:
 
 def _refuse_unfit(method: Method, described: list[tuple[FoundNetwork, Network]]) -> None:
     """Refuse a method that fits none of the networks."""
-    reasons = {n.where(""): method.refuses(d) for n, d in described}
+    reasons = {n.where(""): method.explain_refusal(d) for n, d in described}
     if None in reasons.values():
         return
     others = [name for name, other in METHODS.items() if _fits_any(other, described)]
@@ -356,4 +356,4 @@ def _refuse_unfit(method: Method, described: list[tuple[FoundNetwork, Network]])
 
 
 def _fits_any(config: type[Method], described: list[tuple[FoundNetwork, Network]]) -> bool:
-    return any(config().refuses(description) is None for _, description in described)
+    return any(config().explain_refusal(description) is None for _, description in described)

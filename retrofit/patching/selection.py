@@ -46,7 +46,7 @@ def choose_sites(
         UnsupportedError: If a chosen site never reaches the interception point.
         ConfigError: If two rules act on the same heads and steps of a site, or a head is not there.
     """
-    refusals = [rule.method.refuses(description) for rule in recipe.rules]
+    refusals = [rule.method.explain_refusal(description) for rule in recipe.rules]
     taken = []
     for site in description.sites:
         where = network.where(site.path)

@@ -196,7 +196,8 @@ class AttendAtSite:
 
         A traced graph, which can't ask what a mask holds, takes the padded length for all.
         """
-        if self.scope is not None or self.site.kind != "self" or torch.compiler.is_compiling():
+        is_text = self.scope is None and self.site.kind == "self" and not self.site.is_causal
+        if not is_text or torch.compiler.is_compiling():
             return None
         return self.control.padding.spans(attn_mask)
 

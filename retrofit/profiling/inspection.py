@@ -132,7 +132,7 @@ def _inspect(
     size = _network_size(network, examples, asked, scale)
     inputs = examples.shapes(network.module, size)
     reached = [site for site in description.sites if site.path not in description.unreachable]
-    calls = {site.path: _Calls() for site in reached}
+    calls = {site.path: _Calls(is_causal=site.is_causal) for site in reached}
     total = _count(network, inputs, calls)
     rows = [_site_row(network, site, calls[site.path]) for site in reached]
     return NetworkReport(
@@ -153,7 +153,8 @@ def _inspect(
 class _Calls:
     """The attention calls of one module."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, is_causal: bool) -> None:
+        self.is_causal = is_causal
         self.tokens = 0
         self.keys = 0
         self.flops = 0
@@ -164,13 +165,20 @@ class _Calls:
         """Note the sizes; on the meta device only the result's shape matters."""
         self.tokens = query.shape[-2]
         self.keys = key.shape[-2]
-        self.flops += attention_flops(query, key, value)
+        self.flops += attention_flops(query, key, value, is_causal=self.is_causal)
         return query.new_empty(*query.shape[:-1], value.shape[-1])
 
 
-def attention_flops(query: Tensor, key: Tensor, value: Tensor) -> int:
-    """Both products of one attention call: two operations for each multiplication."""
-    pairs = math.prod(query.shape[:-1]) * key.shape[-2]
+def attention_flops(query: Tensor, key: Tensor, value: Tensor, *, is_causal: bool = False) -> int:
+    """Both products of one attention call: two operations for each multiplication.
+
+    Of a causal call the pairs that are seen are counted, about half of all.
+    """
+    num_queries, num_keys = query.shape[-2], key.shape[-2]
+    seen = num_queries * num_keys
+    if is_causal:
+        seen = num_queries * (2 * num_keys - num_queries + 1) // 2
+    pairs = math.prod(query.shape[:-2]) * seen
     return 2 * pairs * (query.shape[-1] + value.shape[-1])
 
 
@@ -210,7 +218,7 @@ def _site_row(network: FoundNetwork, site: AttentionSite, calls: _Calls) -> Site
 
 
 def _why_not(method: Any, description: Network) -> str | None:
-    refusal = method.refuses(description)
+    refusal = method.explain_refusal(description)
     if refusal is not None:
         return str(refusal)
     reasons = [method.skips(site, description) for site in description.sites]

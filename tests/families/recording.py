@@ -76,6 +76,7 @@ class DenseConfig(Method):
     """Leaves every result as it is, and notes site, grid and shape of every call."""
 
     name: ClassVar[str] = "dense"
+    has_causal_form: ClassVar[bool] = True
     summary: ClassVar[str] = "plain attention"
     paper: ClassVar[str] = "none"
     grids: ClassVar[list[tuple[AttentionSite, TokenGrid]]] = []

@@ -142,7 +142,7 @@ def make_llava() -> transformers.LlavaModel:
         ),
         (make_clip, [("vision_model", "vit")]),
         (make_siglip, [("vision_model", "vit")]),
-        (make_llava, [("vision_tower", "vit")]),
+        (make_llava, [("vision_tower", "vit"), ("language_model", "causal-lm")]),
         (
             lambda: MultiControlNetModel([make_controlnet(), make_controlnet(1)]),
             [("nets.0", "unet2d"), ("nets.1", "unet2d")],
@@ -261,7 +261,7 @@ def make_motion_unet() -> UNetMotionModel:
 
 
 FOREIGN = {
-    "Llama": lambda: transformers.LlamaModel(transformers.LlamaConfig(**TINY_TEXT)),
+    "GPTNeoX": lambda: transformers.GPTNeoXModel(transformers.GPTNeoXConfig(**TINY_TEXT)),
     "GPT-2": lambda: transformers.GPT2Model(
         transformers.GPT2Config(vocab_size=60, n_embd=16, n_layer=1, n_head=2)
     ),

@@ -19,6 +19,7 @@ from tests.tiny_models import FAMILY_MODELS, make_picture_inputs, make_vit
 # what one forward must see at each site when `odd`; UNets are compared level by level below
 ODD_GRIDS: dict[str, TokenGrid] = {
     "bert": TokenGrid(width=67),
+    "llama": TokenGrid(width=67),
     "bert-padded": TokenGrid(width=67),
     "minilm": TokenGrid(width=67),
     "roberta": TokenGrid(width=67),
