@@ -23,6 +23,7 @@ from retrofit.families.base import (
 )
 from retrofit.families.denoising import FoundAttention, list_sites
 from retrofit.families.examples import Examples, InputSize, normal
+from retrofit.families.flow_training import FLUX
 from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import LayoutReader, Network, ValueReader, argument
 from retrofit.runtime.errors import GridError
@@ -251,4 +252,5 @@ FAMILY = Family(
         packed=PACKED,
         first_timestep=1.0,
     ),
+    training=FLUX,
 )

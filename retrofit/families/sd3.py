@@ -15,6 +15,7 @@ from torch import nn
 from retrofit.families.base import Family, find_attention, has_parts, own_part, takes_only
 from retrofit.families.denoising import FoundAttention, list_sites
 from retrofit.families.examples import Examples, InputSize, normal
+from retrofit.families.flow_training import SD3
 from retrofit.layout.grid import TokenGrid
 from retrofit.layout.sites import LayoutReader, Network, argument
 from retrofit.runtime.errors import InputError
@@ -135,4 +136,5 @@ FAMILY = Family(
         latent_scale=(1, 8),
         packed=PACKED,
     ),
+    training=SD3,
 )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -15,7 +15,8 @@ class Step:
     """One batch, as the network takes it.
 
     Attributes:
-        arguments: Of the network's forward.
+        arguments: Of the network's forward, a row each sample.
+        shared: Arguments that are the same for all samples, such as position ids.
         target: What the model's own loss compares the prediction with; None where it has none.
         weight: Of each sample, `[B]`, in every loss.
     """
@@ -23,6 +24,7 @@ class Step:
     arguments: dict[str, Any]
     target: Tensor | None
     weight: Tensor
+    shared: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -118,7 +118,12 @@ def _encode_texts(
     """Text states of captions and of the empty one, `[B, S, C]`; SDXL's pooled ones with them."""
     encoded = {}
     for name, texts in (("", list(captions)), ("empty_", [""] * len(captions))):
-        found = pipeline.encode_prompt(texts, pipeline.device, 1, False)
+        found = pipeline.encode_prompt(
+            prompt=texts,
+            device=pipeline.device,
+            num_images_per_prompt=1,
+            do_classifier_free_guidance=False,
+        )
         encoded[f"{name}states"] = found[0]
         if len(found) == 4:  # Stable Diffusion XL's
             encoded[f"{name}pooled"] = found[2]

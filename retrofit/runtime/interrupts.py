@@ -60,11 +60,13 @@ def shielded() -> Iterator[None]:
 def raise_if_interrupted() -> None:
     """Stop if Ctrl-C was pressed, or an end asked for, and that got lost on the way.
 
+    Within `shielded` it waits for the end of the block.
+
     Raises:
         KeyboardInterrupt: If Ctrl-C was pressed.
         SystemExit: If an end was asked for, with the shell's code for the signal.
     """
-    if _came:
+    if _came and not _cleaning.is_set():
         raise _leave(_came[0])
 
 

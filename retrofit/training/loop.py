@@ -262,7 +262,7 @@ class Trainer:
 
     def _predict(self, step: Step) -> Tensor:
         with self.accelerator.autocast():
-            return self.source.training.read(self.module(**step.arguments))
+            return self.source.training.read(self.module(**step.arguments, **step.shared))
 
     def _look(self) -> None:
         """Scores of this step; stops the run where they are worse than at the start."""

@@ -40,12 +40,17 @@ def silence_dropout(network: nn.Module, *, checkpointing: bool) -> Callable[[], 
 def cut_batch(step: Step, part: slice, device: Any) -> Step:
     """Some samples of a batch, on a device."""
 
-    def cut(value: Any) -> Any:
+    def place(value: Any, part: slice) -> Any:
         if isinstance(value, dict):
-            return {name: cut(item) for name, item in value.items()}
+            return {name: place(item, part) for name, item in value.items()}
         return value[part].to(device) if isinstance(value, Tensor) else value
 
-    return Step(arguments=cut(step.arguments), target=cut(step.target), weight=cut(step.weight))
+    return Step(
+        arguments=place(step.arguments, part),
+        target=place(step.target, part),
+        weight=place(step.weight, part),
+        shared=place(step.shared, slice(None)),
+    )
 
 
 def refuse_sharding(accelerator: Any, request: FinetuneRequest) -> None:

@@ -18,6 +18,7 @@ from retrofit.methods import Method
 from retrofit.patching.networks import FoundNetwork, find_networks
 from retrofit.patching.patch import Patch, patch
 from retrofit.patching.recipe import Recipe, default_recipe
+from retrofit.profiling.inspection import AskedSize, network_size
 from retrofit.runtime.errors import AlreadyPatchedError, InputError, NotFoundError, UnsupportedError
 from retrofit.training.request import FinetuneRequest
 from retrofit.training.rows import Dataset, Rows, encode_all, split
@@ -175,6 +176,9 @@ def _refuse(plan: Plan, request: FinetuneRequest) -> None:
             f"{plan.checkpoint.name}: family {family.name} can't be fine-tuned yet. Families that "
             f"can: {known}."
         )
+    if request.size is not None:
+        width, height = request.size
+        network_size(plan.checkpoint, networks[0], AskedSize(width=width, height=height))
     needs_pipeline = training.data == "captioned pictures"
     if needs_pipeline and plan.checkpoint.pipeline_class is None:
         raise UnsupportedError(
@@ -187,6 +191,11 @@ def _refuse(plan: Plan, request: FinetuneRequest) -> None:
                 f"{rule.method.name}: depends on the step of a denoising run, and a training batch "
                 "mixes them. Take a method or a recipe that is the same at every step."
             )
+    _refuse_request(plan, request, family.name, training)
+
+
+def _refuse_request(plan: Plan, request: FinetuneRequest, family: str, training: Training) -> None:
+    """Refuse settings that a family or a method does not have."""
     if request.train == "gates" and not all(r.method.can_train_gates for r in plan.recipe.rules):
         raise InputError(
             f"--train gates: {plan.recipe.methods} has no gates or tables to learn. Take --train "
@@ -194,15 +203,13 @@ def _refuse(plan: Plan, request: FinetuneRequest) -> None:
         )
     if request.objective == "denoise" and not training.has_own_loss:
         raise InputError(
-            f"--objective denoise: family {family.name} has no loss of its own here. Take distill."
+            f"--objective denoise: family {family} has no loss of its own here. Take distill."
         )
     if request.validation_prompts is not None and training.show is None:
-        raise InputError(
-            f"--validation-prompts: family {family.name} draws no pictures. Leave it out."
-        )
+        raise InputError(f"--validation-prompts: family {family} draws no pictures. Leave it out.")
     if request.data == "self" and training.sample is None:
         raise InputError(
-            f"--data self: family {family.name} makes no samples. Give a folder of {training.data}."
+            f"--data self: family {family} makes no samples. Give a folder of {training.data}."
         )
 
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 import retrofit
 from retrofit.checkpoints.manifest import MANIFEST, _digest
 from retrofit.runtime.reading import parse_yaml
+from tests import tiny_pipelines
 
 WINDOW = ("-m", "window", "--set", "keep=0.3")
 SHORT = (
@@ -145,6 +146,27 @@ def test_samples_of_the_dense_model(run_command, pipeline, tmp_path):
     assert answer.code == 0, answer
     sheets = sorted((tmp_path / "out-training" / "pictures").iterdir())
     assert [sheet.name for sheet in sheets] == [f"step-000000{i}.png" for i in (0, 2, 4)]
+
+
+@pytest.mark.parametrize(
+    ("make", "component", "method"),
+    [
+        (tiny_pipelines.make_sdxl_pipeline, "unet", ("-m", "window", "--set", "keep=0.3")),
+        (tiny_pipelines.make_flux_pipeline, "transformer", ("-m", "clear", "--set", "radius=2")),
+        (tiny_pipelines.make_sd3_pipeline, "transformer", ("-m", "clear", "--set", "radius=2")),
+    ],
+    ids=["sdxl", "flux", "sd3"],
+)
+def test_every_kind_of_pipeline_learns(make, component, method, tune, tmp_path):
+    source = tiny_pipelines.write_pipeline(make(), tmp_path / "source")
+    _, answer = tune("lr=3e-4", "steps=6", "--force", method=method, model=source, name="tuned")
+    looks = [scores["weighted"] + scores["error"] for scores in answer.json["looks"].values()]
+    assert looks[-1] < looks[0]
+    loaded = retrofit.load(tmp_path / "tuned")
+    assert retrofit.patch_of(loaded).report.patched
+    file = f"{component}/diffusion_pytorch_model.safetensors"
+    before, after = (load_file(folder / file) for folder in (source, tmp_path / "tuned"))
+    assert any(not torch.equal(before[name], after[name]) for name in before)
 
 
 def test_texts_bring_an_encoder_nearer_to_dense(run_command, encoder, texts, tmp_path):

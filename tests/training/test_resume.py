@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 
@@ -54,6 +55,28 @@ def test_a_run_that_was_stopped_twice_ends_like_one_that_was_not(train, more):
             train("parts", stop_after(step), resume=step > 1, **more)
     parts = train("parts", resume=True, **more)
     assert all(torch.equal(parts[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_leaves_a_state_and_says_how_to_go_on(
+    number, code, run_command, pipeline, pictures, tmp_path, monkeypatch
+):
+    from retrofit.training import loop
+
+    def rate(request, step):
+        if step == 2:
+            signal.raise_signal(number)
+        return 1e-3
+
+    monkeypatch.setattr(loop, "learning_rate", rate)
+    words = [f"{name}={value}" for name, value in {**SMALL, "size": "32x32"}.items()]
+    options = ["-m", "window", "--data", pictures, "-o", tmp_path / "out"]
+    answer = run_command("finetune", pipeline, *words, *options)
+    assert answer.code == code, answer
+    assert "stopped by a signal after step 2 of 5" in answer.err.splitlines()[-1]
+    assert (tmp_path / "out-training" / "step-0000002").is_dir()
+    monkeypatch.setattr(loop, "learning_rate", lambda request, step: 1e-3)
+    assert run_command("finetune", pipeline, *words, *options, "--resume").code == 0
 
 
 def test_a_run_is_not_gone_on_with_by_accident_nor_with_other_settings(train, tmp_path):

@@ -23,6 +23,7 @@ FEW = ("batch=4", "held_out=8", "lr=1e-3", "size=32x32")
         ((*WINDOW, "batch=6", "grad_accum=4"), "grad_accum 4 does not divide batch 6"),
         ((*WINDOW, "held_out=40"), "expected at least 44 samples"),
         ((*WINDOW, "--tracker", "paper"), "--tracker paper: expected tensorboard or wandb"),
+        ((*WINDOW, "size=33x32"), "--size 33x32: expected multiples of 2 pixels, got 33"),
         (("-m", "hidiffusion"), "depends on the step of a denoising run"),
         ((*WINDOW, "--data", "nowhere"), "--data nowhere: no such file or folder"),
         ((*WINDOW, "--data", "self"), "Add --prompts FILE"),
