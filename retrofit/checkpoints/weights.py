@@ -143,9 +143,10 @@ def _unpack_command(file: Path) -> str:
     """The command that writes a GGUF file of a language model as a folder of safetensors."""
     folder = shlex.quote(str(file.parent))
     return (
-        'python -c "import sys; from transformers import AutoModelForCausalLM as M; '
-        "m = M.from_pretrained(sys.argv[1], gguf_file=sys.argv[2]); m.hf_quantizer = None; "
-        "vars(m.config).pop('quantization_config', None); m.save_pretrained(sys.argv[3])\" "
+        'python -c "import sys; from transformers import AutoModelForCausalLM as M, AutoTokenizer '
+        "as T; a, b, c = sys.argv[1:]; m = M.from_pretrained(a, gguf_file=b); "
+        "m.hf_quantizer = None; vars(m.config).pop('quantization_config', None); "
+        'm.save_pretrained(c); T.from_pretrained(a, gguf_file=b).save_pretrained(c)" '
         f"{folder} {shlex.quote(file.name)} {shlex.quote(str(file.parent) + '-safetensors')}"
     )
 
