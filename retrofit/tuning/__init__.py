@@ -1,1 +1,0 @@
-"""Settings found under a limit on the error of the output."""
