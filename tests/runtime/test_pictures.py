@@ -102,6 +102,7 @@ def test_heic_names_the_package_that_reads_it(without_heif, tmp_path: Path, name
 @pytest.fixture
 def without_heif(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    Image.init()  # what it registers later would be lost with the replaced list
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
 
 

@@ -71,6 +71,7 @@ def test_the_size_made_is_that_of_the_upright_photo(tmp_path: Path, pipeline: Pa
 
 def test_heic_without_its_package_names_option_and_package(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    Image.init()  # what it registers later would be lost with the replaced list
     monkeypatch.setattr(Image, "ID", [name for name in Image.ID if name != "HEIF"])
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic")
     with pytest.raises(InputError, match="--image .*a.heic: .*pip install pillow-heif"):
